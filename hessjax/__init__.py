@@ -1,0 +1,11 @@
+"""Curvature of neural networks in JAX: Hessians, their eigenpairs and their spectra, in one compiled program."""
+
+__version__ = "0.1.0"
+
+from hessjax.krylov import Eigenpairs as Eigenpairs
+from hessjax.krylov import Lanczos as Lanczos
+from hessjax.krylov import eigsh as eigsh
+from hessjax.krylov import lanczos as lanczos
+from hessjax.operators import Operator as Operator
+from hessjax.operators import hvp as hvp
+from hessjax.operators import operator as operator

@@ -1,0 +1,127 @@
+"""Vectors that are pytrees: their structure, inner product, norm, and random draws.
+
+The left-most room. A *vector* is any pytree of floating-point arrays; the leaves keep their own shape, dtype and
+sharding, and are never raveled into one array. Scalars that mix leaves (inner products, norms, Lanczos coefficients)
+live in the widest dtype among the leaves, and at least in float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+
+
+def structure_of(vector: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of `vector`'s leaves, refusing leaves that are not floating-point numbers.
+
+    Raises:
+        TypeError: a leaf is not a real floating-point array; the message names its path, and what to do.
+    """
+
+    def describe(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, float | np.floating) and not hasattr(leaf, "shape"):
+            return jax.ShapeDtypeStruct((), jnp.result_type(float))
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            what = f"dtype {dtype}" if dtype is not None else f"type {type(leaf).__name__}"
+            raise TypeError(
+                f"Curvature is taken with respect to real floating-point arrays, but the leaf at "
+                f"`{jtu.keystr(path) or 'the root'}` has {what}. Split the tree with "
+                "`params, static = eqx.partition(tree, eqx.is_inexact_array)` and combine them inside the loss."
+            )
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(dtype))
+
+    return jtu.tree_map_with_path(describe, vector)
+
+
+def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str) -> PyTree[Array]:
+    """`vector` with `structure`'s dtypes.
+
+    Raises:
+        ValueError: tree or shapes differ from `structure`; the message names the first leaf that does.
+    """
+    got, wanted = jtu.tree_structure(vector), jtu.tree_structure(structure)
+    if got != wanted:
+        raise ValueError(f"`{name}` must be a pytree with the structure {wanted}, got {got}.")
+
+    def cast(path: tuple[Any, ...], spec: jax.ShapeDtypeStruct, leaf: Any) -> Array:
+        if jnp.shape(leaf) != spec.shape:
+            raise ValueError(
+                f"`{name}` must have shape {spec.shape} at `{jtu.keystr(path) or 'the root'}`, got {jnp.shape(leaf)}."
+            )
+        return jnp.asarray(leaf, dtype=spec.dtype)
+
+    return jtu.tree_map_with_path(cast, structure, vector)
+
+
+def size_of(structure: PyTree) -> int:
+    """The number of scalar entries n."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jtu.tree_leaves(structure))
+
+
+def scalar_dtype(structure: PyTree) -> np.dtype:
+    """The dtype of inner products: the widest of the leaves' dtypes, at least float32."""
+    leaves = jtu.tree_leaves(structure)
+    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves)) if leaves else np.dtype(jnp.float32)
+
+
+def epsilon(structure: PyTree) -> float:
+    """The rounding unit of a vector: that of its least precise leaf."""
+    leaves = jtu.tree_leaves(structure)
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=float(jnp.finfo(jnp.float32).eps))
+
+
+def contract(x: Array, y: Array, axes: Any, dtype: DTypeLike) -> Array:
+    """`tensordot` at the highest precision, accumulated in `dtype`."""
+    return jnp.tensordot(x, y, axes=axes, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+def inner(x: PyTree, y: PyTree) -> Scalar:
+    """⟨x, y⟩, summed over all leaves."""
+    dtype = scalar_dtype(x)
+    parts = jtu.tree_map(lambda a, b: contract(a, b, a.ndim, dtype).astype(dtype), x, y)
+    return sum(jtu.tree_leaves(parts), jnp.zeros((), dtype))
+
+
+def norm(x: PyTree) -> Scalar:
+    """‖x‖₂, safe from overflow and underflow at any scale of x."""
+    dtype = scalar_dtype(x)
+    peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jtu.tree_leaves(x)]
+    peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
+    unit = jnp.where(peak > 0, peak, 1)
+    squares = [jnp.sum(jnp.square(leaf.astype(dtype) / unit)) for leaf in jtu.tree_leaves(x)]
+    return unit * jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+
+
+def divide(x: PyTree, by: Scalar) -> PyTree:
+    """x / by, and zero where `by` is zero."""
+    safe = jnp.where(by == 0, 1, by)
+    return jtu.tree_map(lambda leaf: jnp.where(by == 0, 0, leaf / safe).astype(leaf.dtype), x)
+
+
+def subtract(x: PyTree, scalar: Scalar, y: PyTree) -> PyTree:
+    """x - scalar · y, in x's dtypes."""
+    return jtu.tree_map(lambda a, b: (a - scalar * b).astype(a.dtype), x, y)
+
+
+def select(predicate: Array, x: PyTree, y: PyTree) -> PyTree:
+    """x where the scalar `predicate` holds, else y."""
+    return jtu.tree_map(lambda a, b: jnp.where(predicate, a, b), x, y)
+
+
+def draw(
+    key: PRNGKeyArray,
+    structure: PyTree[jax.ShapeDtypeStruct],
+    sampler: Callable[..., Array] = jax.random.normal,
+) -> PyTree[Float[Array, "..."]]:
+    """A random vector, one independent key per leaf."""
+    leaves, treedef = jtu.tree_flatten(structure)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten(
+        [sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys[: len(leaves)], leaves, strict=True)]
+    )

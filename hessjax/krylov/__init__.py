@@ -1,0 +1,6 @@
+"""From an operator to eigenpairs."""
+
+from hessjax.krylov._eigsh import Eigenpairs as Eigenpairs
+from hessjax.krylov._eigsh import eigsh as eigsh
+from hessjax.krylov._lanczos import Lanczos as Lanczos
+from hessjax.krylov._lanczos import lanczos as lanczos

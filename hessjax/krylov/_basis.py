@@ -1,0 +1,202 @@
+"""An orthonormal basis of pytree vectors, stored as blocks of rows.
+
+A basis holds up to `num_rows` vectors. It is a tuple of blocks; a block is the vector's pytree with one more leading
+axis, so leaves keep their dtype and sharding. Blocks grow geometrically (16, 16, 32, 32, 64, ...), and a pass over the
+basis skips every block that holds no row to be read. A pass therefore costs the rows in use rather than the capacity,
+and reads them at memory speed; slicing the live rows out of one array would copy them on every pass.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
+
+_SMALLEST_BLOCK = 16
+_CHUNK = 1 << 14  # columns rotated at a time; bounds the scratch memory of a restart
+
+
+def block_sizes(num_rows: int) -> list[int]:
+    """Row counts 16, 16, 32, 32, 64, 64, ... that add up to `num_rows`, the last one cut to fit."""
+    sizes: list[int] = []
+    while (left := num_rows - sum(sizes)) > 0:
+        sizes.append(min(_SMALLEST_BLOCK << (len(sizes) // 2), left))
+    return sizes
+
+
+class Basis(eqx.Module):
+    """Up to `num_rows` vectors, of which the caller knows the live ones."""
+
+    blocks: tuple[PyTree[Float[Array, "rows ..."]], ...]
+
+    @classmethod
+    def zeros(cls, structure: PyTree[jax.ShapeDtypeStruct], num_rows: int) -> "Basis":
+        """An empty basis for vectors of the given structure."""
+        return cls(
+            tuple(
+                jtu.tree_map(lambda leaf, rows=rows: jnp.zeros((rows, *leaf.shape), leaf.dtype), structure)
+                for rows in block_sizes(num_rows)
+            )
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return [jtu.tree_leaves(block)[0].shape[0] for block in self.blocks]
+
+    def row(self, index: Int[Array, ""]) -> PyTree:
+        """The vector in row `index`."""
+        starts = [sum(self.sizes[:i]) for i in range(len(self.blocks))]
+        which = sum((index >= start).astype(jnp.int32) for start in starts) - 1
+
+        def reader(block: PyTree, start: int):
+            return lambda: jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
+
+        return lax.switch(which, [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)])
+
+    def set_row(self, index: Int[Array, ""], vector: PyTree) -> "Basis":
+        """The basis with `vector` in row `index`; out of range changes nothing."""
+        blocks, start = [], 0
+        for block, rows in zip(self.blocks, self.sizes, strict=True):
+            local = jnp.clip(index - start, 0, rows - 1)
+            inside = (index >= start) & (index < start + rows)
+            old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
+            new = select(inside, vector, old)
+            blocks.append(
+                jtu.tree_map(lambda leaf, x, at=local: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
+            )
+            start += rows
+        return Basis(tuple(blocks))
+
+    def project(
+        self,
+        vector: PyTree,
+        read: Bool[Array, " num_rows"],
+        remove: Bool[Array, " num_rows"],
+        add: Float[Array, " num_rows"] | None = None,
+    ) -> tuple[Float[Array, " num_rows"], PyTree]:
+        """One pass of blockwise Gram-Schmidt: c = Qᵀx and x - Q_remove c_remove + Q add.
+
+        Args:
+            vector: x.
+            read: rows whose coefficient is wanted. Blocks without such a row are skipped.
+            remove: rows, among those read, whose component is taken out of x.
+            add: coefficients to add to x, zero outside `read`.
+
+        Returns:
+            The coefficients c (zero in rows not read), and the new vector.
+        """
+        dtype = scalar_dtype(vector)
+
+        def visit(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+            parts = jtu.tree_map(
+                lambda rows, x: contract(rows, x, (tuple(range(1, rows.ndim)), tuple(range(x.ndim))), dtype), block, vector
+            )
+            coefficients = sum(jtu.tree_leaves(parts), jnp.zeros(remove.shape, dtype))
+            change = add - jnp.where(remove, coefficients, 0)
+            return coefficients, jtu.tree_map(
+                lambda rows, x: (x + contract(change, rows, (0, 0), dtype)).astype(x.dtype), block, vector
+            )
+
+        def skip(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+            return jnp.zeros(remove.shape, dtype), vector
+
+        add = jnp.zeros(read.shape, dtype) if add is None else add
+        coefficients, start = [], 0
+        for block, rows in zip(self.blocks, self.sizes, strict=True):
+            here = slice(start, start + rows)
+            part, vector = lax.cond(jnp.any(read[here]), visit, skip, block, vector, remove[here], add[here])
+            coefficients.append(jnp.where(read[here], part, 0))
+            start += rows
+        return jnp.concatenate(coefficients), vector
+
+    def orthogonalize(
+        self,
+        vector: PyTree,
+        read: Bool[Array, " num_rows"],
+        remove: Bool[Array, " num_rows"],
+        add: Float[Array, " num_rows"] | None = None,
+    ) -> tuple[Float[Array, " num_rows"], PyTree, Scalar]:
+        """`project` to working precision, and the norm of what is left.
+
+        A second pass runs only after cancellation, when the first one shrank the vector by more than 1/√2: twice is
+        enough (Parlett, The Symmetric Eigenvalue Problem, section 6.9). What two passes shrink to rounding noise comes
+        back as norm 0, so that noise is never normalised into a basis vector.
+        """
+        before = norm(vector)
+        coefficients, once = self.project(vector, read, remove, add)
+        after = norm(once)
+
+        def again(once: PyTree) -> tuple[Array, PyTree, Scalar]:
+            correction, twice = self.project(once, read, remove)
+            last = norm(twice)
+            # A vector inside the span: what the second pass leaves is noise of both.
+            noise = (last < 0.5 * after) & (last < 64 * epsilon(vector) * before)
+            return jnp.where(remove, correction, 0), twice, jnp.where(noise, 0, last)
+
+        def enough(once: PyTree) -> tuple[Array, PyTree, Scalar]:
+            return jnp.zeros_like(coefficients), once, after
+
+        correction, vector, left = lax.cond(after < before / math.sqrt(2), again, enough, once)
+        return coefficients + correction, vector, left
+
+    def combine(self, weights: Float[Array, "num_rows k"], read: Bool[Array, " num_rows"]) -> PyTree:
+        """The k combinations Qw as one pytree with leading axis k."""
+        k, start = weights.shape[1], 0
+        out = jtu.tree_map(lambda leaf: jnp.zeros((k, *leaf.shape[1:]), leaf.dtype), self.blocks[0])
+
+        def accumulate(block: PyTree, out: PyTree, weights: Array) -> PyTree:
+            return jtu.tree_map(
+                lambda rows, x: (x + contract(weights, rows, (0, 0), weights.dtype)).astype(x.dtype), block, out
+            )
+
+        for block, rows in zip(self.blocks, self.sizes, strict=True):
+            here = slice(start, start + rows)
+            out = lax.cond(
+                jnp.any(read[here]), accumulate, lambda block, out, weights: out, block, out, weights[here]
+            )
+            start += rows
+        return out
+
+    def rotate(self, transform: Float[Array, "num_rows num_rows"], when: Bool[Array, ""]) -> "Basis":
+        """The basis Q · transform, in place, if `when` holds.
+
+        Works on `_CHUNK` columns at a time in a loop that runs zero times when there is nothing to do, so that it needs
+        no second basis and no branch that would copy this one.
+        """
+        leaves = [jtu.tree_leaves(block) for block in self.blocks]
+        treedef = jtu.tree_structure(self.blocks[0])
+        columns = [_rotate_leaf(list(parts), transform, when) for parts in zip(*leaves, strict=True)]
+        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)))
+
+    def stack(self) -> PyTree:
+        """All rows in one pytree with leading axis `num_rows`."""
+        return jtu.tree_map(lambda *rows: jnp.concatenate(rows), *self.blocks)
+
+
+def _rotate_leaf(parts: list[Array], transform: Array, when: Array) -> list[Array]:
+    """Rotates one leaf of every block, chunk by chunk along its flattened columns."""
+    shapes = [part.shape for part in parts]
+    width = math.prod(shapes[0][1:])
+    flat = [part.reshape(part.shape[0], width) for part in parts]
+
+    def rotated(parts: list[Array], start: Array | int, size: int) -> list[Array]:
+        cut = [lax.dynamic_slice_in_dim(part, start, size, 1) for part in parts]
+        new = contract(transform.T, jnp.concatenate(cut), 1, transform.dtype).astype(parts[0].dtype)
+        out, row = [], 0
+        for part in parts:
+            piece = new[row : row + part.shape[0]]
+            out.append(lax.dynamic_update_slice_in_dim(part, piece, start, 1))
+            row += part.shape[0]
+        return out
+
+    whole, rest = divmod(width, _CHUNK)
+    if whole:
+        flat = lax.fori_loop(0, jnp.where(when, whole, 0), lambda i, p: rotated(p, i * _CHUNK, _CHUNK), flat)
+    if rest:
+        flat = lax.fori_loop(0, when.astype(jnp.int32), lambda _, p: rotated(p, whole * _CHUNK, rest), flat)
+    return [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]

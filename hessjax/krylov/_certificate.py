@@ -1,0 +1,194 @@
+"""Certifies that no wanted eigenvalue was missed.
+
+A small residual says that a pair is an eigenpair, not that it is one of the wanted ones: a Krylov space started from
+one vector holds one copy of a repeated eigenvalue, and nothing that its start vector does not see. The certificate
+decides whether A has an eigenvalue beyond a threshold x other than those found, by a few products on a fresh direction.
+
+**Which operator.** With A E = E H + F C (see `_projected`), Sylvester's law of inertia counts, for x not in spec(H),
+
+    #{λ(A) > x} = #{λ(H) > x} + #{λ(S) > x},    S = (I - EEᵀ) A (I - EEᵀ) + F D Fᵀ,    D = C (x - H)⁻¹ Cᵀ,
+
+where S acts on the complement of span E. So the found values are all there are if and only if S has none beyond x. All
+that the solver has already learned is deflated from S, which is why the test is short.
+
+**Which test.** Lanczos on S from a random unit z gives the orthonormal polynomials p_i of z's spectral measure. If the
+last one is not positive at x, S has a Ritz value, so an eigenvalue, beyond x: an *alarm*, and Σ p_i(x) z_i is a vector
+with Rayleigh quotient at least x. Otherwise no eigenvector u of S at or beyond x can have ⟨u, z⟩² above the Christoffel
+function 1 / Σ p_i(x)². For random z that overlap is below δ²/n with probability at most 0.8 δ, so once Σ p_i(x)² ≥ n/δ²
+the absence of an eigenvalue is *proved* up to that probability.
+
+Sources: Haynsworth, doi:10.1016/0024-3795(68)90050-5 (inertia); Simon, The Christoffel-Darboux kernel, arXiv 0806.1528.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from hessjax._vectors import divide, inner, norm, subtract
+from hessjax.krylov._projected import Ritz
+
+LOW, HIGH = 0, 1  # the sides; the low side of S is the high side of -S
+_SIGNS = np.array([-1.0, 1.0])
+
+
+def confidence(tol: Scalar) -> Scalar:
+    """δ: how small an overlap of probe and missed eigenvector, in units of 1/√n, is still ruled out.
+
+    A missed eigenvalue escapes with probability at most 0.8 δ: 8% at tol = 1e-3, and 0.08% for tol of 1e-7 or below.
+    Each factor of ten costs one or two products on the spectra of trained networks.
+    """
+    return jnp.clip(3 * jnp.sqrt(tol), 1e-3, 0.1)
+
+
+class Probe(eqx.Module):
+    """A Lanczos run on S that keeps three vectors: z_j (held by the caller), `last` and `suspect`.
+
+    Attributes:
+        active: a run is under way.
+        proved: sides on which no eigenvalue is missing.
+        side: the side that the present run is exact for, since S depends on the threshold.
+        points: where the polynomials are evaluated. Exact on `side`; on the other one moved inwards by the norm of the
+            difference of the two operators S, so that by Weyl's inequality its verdict holds too.
+        beyond: sides whose polynomial has been nonpositive.
+        polynomial, previous: p_j and p_(j-1) at both points.
+        mass: Σ p_i² up to j, at both points.
+        steps: j.
+        beta: the off-diagonal coefficient between z_(j-1) and z_j.
+        overlap, last_overlap: Fᵀz_j and Fᵀz_(j-1), in the coordinates of all rows.
+        last: z_(j-1).
+        suspect: Σ p_i z_i at the point of `side`.
+    """
+
+    active: Bool[Array, ""]
+    proved: Bool[Array, " 2"]
+    side: Int[Array, ""]
+    points: Float[Array, " 2"]
+    beyond: Bool[Array, " 2"]
+    polynomial: Float[Array, " 2"]
+    previous: Float[Array, " 2"]
+    mass: Float[Array, " 2"]
+    steps: Int[Array, ""]
+    beta: Scalar
+    overlap: Float[Array, " rows"]
+    last_overlap: Float[Array, " rows"]
+    last: PyTree
+    suspect: PyTree
+
+    @classmethod
+    def idle(cls, zero: PyTree, rows: int, dtype: np.dtype) -> "Probe":
+        """No run under way, and nothing proved. `zero` is the zero vector."""
+        scalar, two, row = jnp.zeros((), dtype), jnp.zeros(2, dtype), jnp.zeros(rows, dtype)
+        no, none, integer = jnp.zeros((), bool), jnp.zeros(2, bool), jnp.zeros((), jnp.int32)
+        return cls(no, none, integer, two, none, two, two, two, integer, scalar, row, row, zero, zero)
+
+    @property
+    def alarm(self) -> Bool[Array, ""]:
+        """S has an eigenvalue beyond the threshold: `suspect` points to it."""
+        return self.active & self.beyond[self.side]
+
+    def begin(self, ritz: Ritz, unwanted: Bool[Array, " rows"], thresholds: Float[Array, " 2"]) -> "Probe":
+        """A run on a side that has a threshold and is not yet proved; the harder one if that leaves a choice.
+
+        The caller draws z_0 and then sets `overlap` with `observe`.
+        """
+        remaining = jnp.isfinite(thresholds) & ~self.proved
+        gaps = _SIGNS * thresholds - jnp.stack(
+            [jnp.max(jnp.where(unwanted, sign * ritz.values, -jnp.inf)) for sign in _SIGNS]
+        )
+        side = jnp.argmin(jnp.where(remaining, gaps, jnp.inf)).astype(jnp.int32)
+        points = jnp.where(jnp.isfinite(thresholds), thresholds, 0)
+        distance = _frobenius(_self_energy(ritz, points[HIGH]) - _self_energy(ritz, points[LOW]))
+        one, zero = jnp.ones_like(self.mass), jnp.zeros_like(self.mass)
+        return dataclasses.replace(
+            self,
+            active=jnp.ones((), bool),
+            side=side,
+            points=points - _SIGNS * jnp.where(jnp.arange(2) == side, 0, distance),
+            beyond=jnp.zeros(2, bool),
+            polynomial=one,
+            previous=zero,
+            mass=one,
+            steps=jnp.zeros((), jnp.int32),
+            beta=jnp.zeros_like(self.beta),
+            overlap=jnp.zeros_like(self.overlap),
+            last_overlap=jnp.zeros_like(self.overlap),
+            last=jtu.tree_map(jnp.zeros_like, self.last),
+            suspect=jtu.tree_map(jnp.zeros_like, self.suspect),
+        )
+
+    def lift(self, ritz: Ritz) -> Float[Array, " rows"]:
+        """The coefficients D Fᵀz_j on the frontier rows, by which S z_j exceeds the projected A z_j."""
+        distance = self.points[self.side] - ritz.values
+        weights = jnp.where(ritz.live, _matmul(self.overlap, ritz.couplings) / _nonzero(distance), 0)
+        return jnp.where(self.active, _matmul(ritz.couplings, weights), 0)
+
+    def advance(
+        self, z: PyTree, image: PyTree, overlap: Float[Array, " rows"], thresholds: Float[Array, " 2"], limit: Scalar
+    ) -> tuple["Probe", PyTree]:
+        """One Lanczos step on S.
+
+        Args:
+            z: z_j.
+            image: S z_j.
+            overlap: Fᵀ S z_j.
+            thresholds: infinite where a side needs no proof.
+            limit: the mass n/δ² that proves a side.
+
+        Returns:
+            The next state, and z_(j+1).
+        """
+        alpha = inner(z, image)
+        image = subtract(subtract(image, alpha, z), self.beta, self.last)
+        correction = inner(z, image)
+        image, alpha = subtract(image, correction, z), alpha + correction
+        beta = norm(image)
+        # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
+        value = _SIGNS * (self.points - alpha) * self.polynomial - self.beta * self.previous
+        polynomial = value / _nonzero(beta)
+        mass = self.mass + jnp.square(polynomial)
+        beyond = self.beyond | ~(value > 0)
+        alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
+        weight = alternate * self.polynomial[self.side]
+        following = (overlap - alpha * self.overlap - self.beta * self.last_overlap) / _nonzero(beta)
+        probe = dataclasses.replace(
+            self,
+            proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),
+            beyond=beyond,
+            polynomial=polynomial.astype(mass.dtype),
+            previous=self.polynomial,
+            mass=mass.astype(self.mass.dtype),
+            steps=self.steps + 1,
+            beta=beta,
+            overlap=following,
+            last_overlap=self.overlap,
+            last=z,
+            suspect=subtract(self.suspect, -weight, z),
+        )
+        return probe, divide(image, beta)
+
+
+def _matmul(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def _nonzero(x: Array) -> Array:
+    """x, kept away from zero by the smallest normal number."""
+    tiny = jnp.finfo(x.dtype).tiny
+    return jnp.where(jnp.abs(x) < tiny, jnp.where(x < 0, -tiny, tiny), x)
+
+
+def _self_energy(ritz: Ritz, x: Scalar) -> Float[Array, "rows rows"]:
+    """D = C (x - H)⁻¹ Cᵀ on the frontier rows."""
+    weights = jnp.where(ritz.live, 1 / _nonzero(x - ritz.values), 0)
+    return _matmul(ritz.couplings * weights, ritz.couplings.T)
+
+
+def _frobenius(matrix: Array) -> Scalar:
+    peak = jnp.max(jnp.abs(matrix))
+    unit = jnp.where(peak > 0, peak, 1)
+    return unit * jnp.sqrt(jnp.sum(jnp.square(matrix / unit)))

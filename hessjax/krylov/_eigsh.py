@@ -1,0 +1,230 @@
+"""`eigsh`: the door to the eigensolvers, with SciPy's words and meanings."""
+
+import math
+import operator as builtin
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from hessjax._vectors import as_vector, draw, epsilon, inner, scalar_dtype, size_of
+from hessjax.krylov._dense import dense_eigenpairs
+from hessjax.krylov._memory import default_ncv
+from hessjax.krylov._projected import preference
+from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
+from hessjax.operators._operator import Operator, as_operator
+
+WHICH = ("LM", "LA", "SA", "BE")
+_DENSE_SIZE = 256  # up to here n products and a dense `eigh` beat an iteration, and cannot miss anything
+
+
+class Eigenpairs(eqx.Module):
+    """k eigenpairs of a symmetric operator, with what is known of their errors.
+
+    Attributes:
+        eigenvalues: (k,), ascending.
+        eigenvectors: the operator's structure with a leading axis k on every leaf, or None. Orthonormal; the entry of
+            largest magnitude is positive. Constants under differentiation.
+        residuals: (k,), ‖Av - λv‖, absolute; never reported below the noise of one product.
+        converged: (k,). If all are true, these are the pairs that `which` asks for.
+        num_matvecs: products spent, checks included.
+    """
+
+    eigenvalues: Float[Array, " k"]
+    eigenvectors: PyTree[Float[Array, "k ..."]] | None
+    residuals: Float[Array, " k"]
+    converged: Bool[Array, " k"]
+    num_matvecs: Int[Array, ""]
+
+
+def eigsh(
+    op: Operator | Any,
+    k: int = 6,
+    key: PRNGKeyArray | None = None,
+    *,
+    which: str = "LM",
+    v0: PyTree | Eigenpairs | None = None,
+    ncv: int | None = None,
+    maxiter: int | None = None,
+    tol: float = 0.0,
+    return_eigenvectors: bool = True,
+    like: PyTree | None = None,
+) -> Eigenpairs:
+    """The k eigenpairs of a symmetric operator at an end of its spectrum.
+
+    Thick-restart Lanczos with full reorthogonalization, in one compiled loop that stops as soon as the residuals allow.
+    Before it stops, a few products on a fresh random direction certify that no wanted eigenvalue was missed, such as
+    another copy of a repeated one. Up to n = 256, unless `v0`, `ncv` or `maxiter` is given, it forms the matrix.
+
+    Works inside `jit`, `vmap`, `scan` and `grad`. Derivatives of a simple eigenvalue are ∂λ = vᵀ (∂A) v, in forward and
+    reverse mode; of a repeated one they depend on the basis of its eigenspace, and only symmetric functions of all its
+    copies, such as their sum, are differentiable. Eigenvectors are constants.
+
+    Args:
+        op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
+        k: the number of eigenpairs, 1 ≤ k ≤ n.
+        key: draws the start vector and the certificate's directions. May be None when `v0` is given; the certificate
+            then uses a fixed key.
+        which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" half from each end (one more from the high end
+            if k is odd).
+        v0: a start vector, or a block of them (a leading axis on every leaf), or an earlier `Eigenpairs` to go on from.
+        ncv: the Krylov dimension at which to restart, k < ncv ≤ n. Memory is ncv + 2k + 12 vectors. Default: k + 256 as
+            far as an eighth of the device's memory allows, at least max(2k + 1, 20).
+        maxiter: restarts, the first fill counted. Default: as many as make 10 n products.
+        tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below four rounding units eps ‖A‖;
+            0 asks for what the dtype and the product's noise allow.
+        return_eigenvectors: whether to form them.
+        like: a pytree shaped as the vectors, when `op` is a plain function.
+
+    Returns:
+        `Eigenpairs`. What failed to converge within `maxiter` is returned with `converged` False; a product that is not
+        finite ends the iteration, with `converged` False throughout.
+
+    Raises:
+        ValueError: `k`, `ncv`, `maxiter`, `tol` or `which` is out of range, neither `key` nor `v0` came, or `v0` has
+            another structure than the operator.
+        TypeError: `op` is not an operator, or `k`, `ncv` or `maxiter` is not an integer.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.arange(100.0) * v, like=jnp.zeros(100))
+        >>> hj.eigsh(A, 3, jax.random.key(0), which="LA").eigenvalues.round(3).tolist()
+        [97.0, 98.0, 99.0]
+
+    Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems,
+    doi:10.1137/S0895479898334605; the certificate is explained in `hessjax/krylov/_certificate.py`.
+    """
+    op = as_operator(op, like)
+    n = op.size
+    k = _integer("k", k)
+    if not 1 <= k <= n:
+        raise ValueError(f"`eigsh` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
+    if which not in WHICH:
+        raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
+    if not isinstance(tol, jax.core.Tracer) and not 0 <= tol < math.inf:
+        raise ValueError(f"`tol` must be a finite number of at least 0, got {tol}. 0 asks for what the dtype allows.")
+    if maxiter is not None and (maxiter := _integer("maxiter", maxiter)) < 1:
+        raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
+    if ncv is not None and not (k < (ncv := _integer("ncv", ncv)) <= n or k == ncv == n):
+        raise ValueError(f"`ncv` must be above `k` = {k} and at most {n}, the operator's size, got {ncv}.")
+    start = _start_block(op, key, v0)
+    if n <= _DENSE_SIZE and start is None and ncv is None and maxiter is None:
+        plan = None
+    else:
+        ncv = default_ncv(op.structure, k) if ncv is None else ncv
+        plan = Plan(which, k, ncv, max(10, -(-10 * n // ncv)) if maxiter is None else maxiter)
+    result = _solve(op, start, key, tol, which, k, plan, return_eigenvectors)
+    return result
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return builtin.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an integer known at compile time, got {value!r}.") from None
+
+
+def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs | None) -> PyTree | None:
+    """`v0` as a block of vectors, or None if it is to be drawn."""
+    if v0 is None:
+        if key is None:
+            raise ValueError("`eigsh` needs a `key`, such as `jax.random.key(0)`, or a start vector `v0`.")
+        return None
+    if isinstance(v0, Eigenpairs):
+        if v0.eigenvectors is None:
+            raise ValueError("`v0` is an `Eigenpairs` without eigenvectors. Compute it with `return_eigenvectors=True`.")
+        v0 = v0.eigenvectors
+    structure = op.structure
+    first = next(iter(jtu.tree_leaves(v0)), None)
+    spec = next(iter(jtu.tree_leaves(structure)), None)
+    if first is not None and spec is not None and jnp.ndim(first) == len(spec.shape) + 1:
+        length = jnp.shape(first)[0]
+        block = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), structure)
+        if length == 0 or length > op.size:
+            raise ValueError(f"`v0` must hold between 1 and {op.size} vectors on its leading axis, got {length}.")
+        return as_vector(v0, block, "v0")
+    return jtu.tree_map(lambda leaf: leaf[None], as_vector(v0, structure, "v0"))
+
+
+@eqx.filter_jit
+def _solve(
+    op: Operator,
+    start: PyTree | None,
+    key: PRNGKeyArray | None,
+    tol: float | Array,
+    which: str,
+    k: int,
+    plan: Plan | None,
+    return_eigenvectors: bool,
+) -> Eigenpairs:
+    frozen, start = lax.stop_gradient(eqx.filter(op, eqx.is_array)), lax.stop_gradient(start)
+    fixed = eqx.combine(frozen, eqx.filter(op, eqx.is_array, inverse=True))
+    dtype = scalar_dtype(op.structure)
+    tol = lax.stop_gradient(jnp.asarray(tol, dtype))
+    if plan is None:
+        values, vectors, residuals, converged, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
+    else:
+        key = jax.random.key(0) if key is None else key
+        draw_key, key = jax.random.split(key)
+        if start is None:
+            start = jtu.tree_map(lambda leaf: leaf[None], draw(draw_key, op.structure))
+        iteration = Iteration(fixed, plan, tol, key)
+        state = iteration.run(iteration.init(start))
+        values, vectors, residuals, converged, num_matvecs = _finish(iteration, state)
+    vectors = _fix_signs(vectors)
+    values = _differentiable(op, values, vectors)
+    return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, num_matvecs)
+
+
+def _finish(iteration: Iteration, state: State) -> tuple[Array, PyTree, Array, Array, Array]:
+    """The wanted Ritz pairs of a state, and which of them may be called converged."""
+    verdict, ritz = iteration.judge(state), state.ritz
+    wanted = verdict.wanted
+    exist = ritz.live[wanted] & (state.status != BROKEN)
+    values = jnp.where(ritz.live[wanted], ritz.values[wanted], jnp.nan)
+    vectors = state.basis.combine(ritz.vectors[:, wanted], state.live)
+    good = exist & (verdict.residuals <= verdict.bounds)
+    # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
+    edge = preference(ritz.values, ritz.live, iteration.plan.which)[iteration.plan.k - 1]
+    doubt = (state.status != CERTIFIED) & jnp.all(good) & (wanted == edge)
+    return values, vectors, verdict.residuals, good & ~doubt, state.num_matvecs
+
+
+def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k ..."]]:
+    """Makes the entry of largest magnitude of every vector positive."""
+    leaves, treedef = jtu.tree_flatten(vectors)
+    peaks, signs = [], []
+    for leaf in leaves:
+        if leaf.size == 0:
+            continue
+        flat = leaf.reshape(leaf.shape[0], -1)
+        at = jnp.argmax(jnp.abs(flat), axis=1)
+        value = jnp.take_along_axis(flat, at[:, None], axis=1)[:, 0]
+        peaks.append(jnp.abs(value))
+        signs.append(jnp.where(value < 0, -1, 1))
+    best = jnp.argmax(jnp.stack(peaks), axis=0)
+    sign = jnp.take_along_axis(jnp.stack(signs), best[None], axis=0)[0]
+    return treedef.unflatten(
+        [(leaf * sign.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)).astype(leaf.dtype) for leaf in leaves]
+    )
+
+
+@eqx.filter_custom_jvp
+def _differentiable(op: Operator, values: Float[Array, " k"], vectors: PyTree) -> Float[Array, " k"]:
+    """`values`, with the derivative ∂λ = vᵀ (∂A) v with respect to the operator's arrays."""
+    return values
+
+
+@_differentiable.def_jvp
+def _eigenvalue_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    op, values, vectors = primals
+
+    def forms(op: Operator) -> Array:
+        return lax.map(lambda v: inner(v, op.product(v)), vectors)
+
+    _, derivative = eqx.filter_jvp(forms, (op,), (tangents[0],))
+    return values, derivative.astype(values.dtype)

@@ -1,0 +1,173 @@
+"""The small dense problem inside a Krylov solver: Ritz values, their residuals, and what they promise.
+
+The solver keeps an orthonormal basis in rows. A row is *expanded* once the operator has been applied to it, and
+*frontier* before that. Applying A to the expanded rows E leaves nothing outside the rows in use,
+
+    A E = E H + F C,        H = EᵀAE,    C = FᵀAE,
+
+so that a Ritz pair (t, Ex) of H has the residual F C x, whose norm ‖C x‖ needs no product.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Scalar
+
+from hessjax.krylov._basis import block_sizes
+
+
+class Ritz(eqx.Module):
+    """Eigenpairs of H, ascending; only the first `count` exist.
+
+    Attributes:
+        values: Ritz values t.
+        vectors: column i is x_i, in the coordinates of all rows.
+        couplings: column i is C x_i, zero outside the frontier rows.
+        count: the number of expanded rows.
+    """
+
+    values: Float[Array, " rows"]
+    vectors: Float[Array, "rows rows"]
+    couplings: Float[Array, "rows rows"]
+    count: Int[Array, ""]
+
+    @property
+    def live(self) -> Bool[Array, " rows"]:
+        return jnp.arange(self.values.size) < self.count
+
+    @property
+    def residuals(self) -> Float[Array, " rows"]:
+        """‖A y_i - t_i y_i‖ = ‖C x_i‖, infinite where no pair exists."""
+        return jnp.where(self.live, _column_norms(self.couplings), jnp.inf)
+
+    @classmethod
+    def empty(cls, rows: int, dtype: Any) -> "Ritz":
+        """No pairs yet."""
+        square = jnp.zeros((rows, rows), dtype)
+        return cls(jnp.zeros(rows, dtype), square, square, jnp.zeros((), jnp.int32))
+
+
+def _column_norms(matrix: Array) -> Array:
+    peak = jnp.max(jnp.abs(matrix), initial=0)
+    unit = jnp.where(peak > 0, peak, 1)
+    return unit * jnp.sqrt(jnp.sum(jnp.square(matrix / unit), axis=0))
+
+
+@jax.custom_batching.sequential_vmap
+def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: Array, old: Ritz) -> Ritz:
+    """The Ritz pairs of the current projected matrix if `when`, else the old ones.
+
+    Under `vmap` the batch runs one after another: a batched LAPACK call inside a loop waits for XLA's own worker
+    threads and can stop for ever on the CPU, and a batched branch would run every size.
+    """
+    rows = expanded.size
+    sizes = [sum(block_sizes(rows)[: i + 1]) for i in range(len(block_sizes(rows)))]
+
+    def solver(size: int) -> Callable[[], Ritz]:
+        def solve() -> Ritz:
+            ritz = _rayleigh_ritz(projected[:size, :size], expanded[:size], frontier[:size])
+            pad = rows - size
+            square = ((0, pad), (0, pad))
+            return Ritz(
+                jnp.pad(ritz.values, (0, pad)), jnp.pad(ritz.vectors, square), jnp.pad(ritz.couplings, square), ritz.count
+            )
+
+        return solve
+
+    # The smallest of a few leading sizes that holds the rows in use: the cost follows them.
+    smallest = jnp.searchsorted(jnp.array(sizes), jnp.sum(expanded | frontier))
+    return lax.cond(when, lambda: lax.switch(smallest, [solver(size) for size in sizes]), lambda: old)
+
+
+def _rayleigh_ritz(
+    projected: Float[Array, "size size"], expanded: Bool[Array, " size"], frontier: Bool[Array, " size"]
+) -> Ritz:
+    """Solves the projected problem over the expanded rows."""
+    order = jnp.argsort(~expanded, stable=True)
+    count = jnp.sum(expanded, dtype=jnp.int32)
+    live = jnp.arange(expanded.size) < count
+    inside = jnp.where(live[:, None] & live[None, :], projected[order][:, order], 0)
+    peak = jnp.max(jnp.abs(inside))
+    unit = jnp.where(peak > 0, peak, 1)
+    inside = inside / unit
+    # Rows that are not there sort behind all that are: above every eigenvalue, yet of the matrix's own scale.
+    beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))
+    vectors, values = lax.linalg.eigh(inside + jnp.diag(jnp.where(live, 0, beyond)))
+    vectors = jnp.where(live[:, None] & live[None, :], vectors, 0)
+    vectors = jnp.zeros_like(vectors).at[order].set(vectors)
+    coupled = jnp.where(frontier[:, None] & expanded[None, :], projected, 0)
+    couplings = unit * jnp.matmul(coupled / unit, vectors, precision=lax.Precision.HIGHEST)
+    return Ritz(jnp.where(live, values * unit, 0), vectors, couplings, count)
+
+
+def preference(values: Array, live: Array, which: str) -> Int[Array, " rows"]:
+    """The positions of the ascending `values`, best first for SciPy's word `which`; those not live come last."""
+    position = jnp.arange(values.size)
+    from_top = jnp.sum(live) - 1 - position
+    rank = {
+        "LM": -jnp.abs(values),
+        "LA": from_top,
+        "SA": position,
+        "BE": jnp.minimum(2 * from_top, 2 * position + 1),  # in turn, the high end first
+    }[which]
+    return jnp.argsort(jnp.where(live, rank, jnp.inf), stable=True)
+
+
+class Verdict(eqx.Module):
+    """What the Ritz pairs say about the k wanted ones.
+
+    Attributes:
+        wanted: their positions.
+        residuals: ‖A y - t y‖, never below the noise of a product.
+        bounds: the residual up to which a pair counts as converged.
+        settled: every wanted pair has converged, or cannot improve for noise.
+        unsettled: the wanted pairs of which that is not true.
+        thresholds: (low, high): no unseen eigenvalue may lie below low or above high, infinite where any may.
+    """
+
+    wanted: Int[Array, " k"]
+    residuals: Float[Array, " k"]
+    bounds: Float[Array, " k"]
+    settled: Bool[Array, ""]
+    unsettled: Bool[Array, " k"]
+    thresholds: Float[Array, " 2"]
+
+
+def judge(ritz: Ritz, which: str, k: int, tol: Scalar, scale: Scalar, noise: Scalar, eps: float) -> Verdict:
+    """Compares the wanted pairs' residuals with the promise tol · max(eps^(2/3) ‖A‖, |t|).
+
+    Args:
+        ritz: the current Ritz pairs.
+        which: LM, LA, SA or BE.
+        k: how many.
+        tol: relative tolerance; 0 asks for what the dtype allows, 4 · noise. No bound is below four rounding units,
+            and none that stems from noise above two thousand: more than that is no rounding error.
+        scale: an estimate of ‖A‖.
+        noise: the norm of the error that one product makes.
+        eps: the dtype's rounding unit.
+    """
+    wanted = jnp.sort(preference(ritz.values, ritz.live, which)[:k])
+    values, estimates = ritz.values[wanted], ritz.residuals[wanted]
+    promise = tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values))
+    rounding = eps * scale
+    bounds = jnp.where(tol > 0, jnp.maximum(promise, 4 * rounding), jnp.clip(4 * noise, 16 * rounding, 2000 * rounding))
+    residuals = jnp.maximum(estimates, noise)
+    unsettled = ~((residuals <= bounds) | (estimates <= noise))
+    slack = jnp.maximum(jnp.maximum(bounds, residuals), 64 * eps * scale)
+    inf = jnp.inf
+    if which == "LM":
+        edge = jnp.max(jnp.where(jnp.abs(values) == jnp.min(jnp.abs(values)), jnp.abs(values) + slack, -inf))
+        low, high = -edge, edge
+    elif which == "LA":
+        low, high = -inf, values[0] + slack[0]
+    elif which == "SA":
+        low, high = values[-1] - slack[-1], inf
+    else:
+        low = values[k // 2 - 1] - slack[k // 2 - 1] if k > 1 else -inf
+        high = values[k // 2] + slack[k // 2]
+    thresholds = jnp.stack([jnp.asarray(x, ritz.values.dtype) for x in (low, high)])
+    return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)

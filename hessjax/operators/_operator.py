@@ -1,0 +1,233 @@
+"""`Operator`: a symmetric linear map on a pytree, and the arithmetic of such maps.
+
+What flows in: a function and the arrays it needs. What flows out: an object that every algorithm to the right takes.
+An operator's arrays are leaves of the operator, so that they travel through `jax.jit` as arguments; only the functions
+it calls are static, and two operators that differ in their arrays alone share one compiled program.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
+
+_DENSE_COLUMNS = 32  # products that `Operator.dense` runs together
+
+
+class Operator(eqx.Module):
+    """A symmetric linear map A on vectors that are pytrees of floating-point arrays.
+
+    `op(v)` and `op @ v` apply it. Operators on the same structure add and subtract; a scalar multiplies or divides;
+    `op.shift(s)` is A + sI. Symmetry is trusted here and measured by `hj.eigsh`.
+
+    Subclasses define `like`, a pytree whose leaves have the shapes and dtypes of the vectors, and `product`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def like(self) -> PyTree:
+        """A pytree (of arrays or `jax.ShapeDtypeStruct`) shaped as the vectors are."""
+
+    @abc.abstractmethod
+    def product(self, vector: PyTree) -> PyTree:
+        """Av for a vector that is known to have the right structure."""
+
+    @property
+    def structure(self) -> PyTree[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the vectors, leaf by leaf."""
+        return structure_of(self.like)
+
+    @property
+    def size(self) -> int:
+        """The dimension n: the number of entries in all leaves together."""
+        return size_of(self.structure)
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """Av.
+
+        Args:
+            vector: a pytree of `structure`; its leaves are cast to the structure's dtypes.
+
+        Raises:
+            ValueError: the tree or a shape differs.
+        """
+        return self.product(as_vector(vector, self.structure, "vector"))
+
+    def __matmul__(self, vector: PyTree) -> PyTree:
+        return self(vector)
+
+    def shift(self, scalar: float | Scalar) -> "Operator":
+        """A + sI, for a real scalar s."""
+        return _Shifted(self, jnp.asarray(scalar))
+
+    def dense(self) -> Float[Array, "n n"]:
+        """The matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree`.
+
+        Costs n products, run 32 at a time, and n² entries of memory: for small n, and for checking.
+        """
+        structure = self.structure
+        leaves, treedef = jtu.tree_flatten(structure)
+        ends, n, dtype = [], 0, scalar_dtype(structure)
+        for leaf in leaves:
+            ends.append((n, n + size_of(leaf)))
+            n += size_of(leaf)
+
+        def column(index: Array) -> Array:
+            flat = [
+                (jnp.arange(low, high) == index).astype(leaf.dtype).reshape(leaf.shape)
+                for (low, high), leaf in zip(ends, leaves, strict=True)
+            ]
+            image = jtu.tree_leaves(self.product(treedef.unflatten(flat)))
+            return jnp.concatenate([part.reshape(-1).astype(dtype) for part in image])
+
+        return jax.lax.map(column, jnp.arange(n), batch_size=min(_DENSE_COLUMNS, n)).T
+
+    def __add__(self, other: "Operator") -> "Operator":
+        return _Sum(self, _partner(self, other)) if isinstance(other, Operator) else NotImplemented
+
+    def __sub__(self, other: "Operator") -> "Operator":
+        return self + (-1 * other) if isinstance(other, Operator) else NotImplemented
+
+    def __mul__(self, scalar: float | Scalar) -> "Operator":
+        return _Scaled(self, _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
+
+    def __rmul__(self, scalar: float | Scalar) -> "Operator":
+        return self * scalar
+
+    def __truediv__(self, scalar: float | Scalar) -> "Operator":
+        return _Scaled(self, 1 / _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
+
+    def __neg__(self) -> "Operator":
+        return -1 * self
+
+
+def _is_scalar(value: Any) -> bool:
+    return eqx.is_array_like(value) and jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
+
+
+def _scalar(value: float | Scalar) -> Scalar:
+    return jnp.asarray(value, dtype=jnp.result_type(value, jnp.float32))
+
+
+def _partner(first: Operator, second: Operator) -> Operator:
+    if first.structure != second.structure:
+        raise ValueError(
+            f"Operators add only on vectors of one structure, got {first.structure} and {second.structure}."
+        )
+    return second
+
+
+class _Sum(Operator):
+    first: Operator
+    second: Operator
+
+    @property
+    def like(self) -> PyTree:
+        return self.first.like
+
+    def product(self, vector: PyTree) -> PyTree:
+        return jtu.tree_map(jnp.add, self.first.product(vector), self.second.product(vector))
+
+
+class _Scaled(Operator):
+    operator: Operator
+    scalar: Scalar
+
+    @property
+    def like(self) -> PyTree:
+        return self.operator.like
+
+    def product(self, vector: PyTree) -> PyTree:
+        return jtu.tree_map(lambda x: (self.scalar * x).astype(x.dtype), self.operator.product(vector))
+
+
+class _Shifted(Operator):
+    operator: Operator
+    scalar: Scalar
+
+    @property
+    def like(self) -> PyTree:
+        return self.operator.like
+
+    def product(self, vector: PyTree) -> PyTree:
+        return subtract(self.operator.product(vector), -self.scalar, vector)
+
+
+class _Function(Operator):
+    """A user's `v -> Av`: its closed-over arrays, hoisted into leaves, and its structure."""
+
+    matvec: Callable[[PyTree], PyTree]
+    leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
+    treedef: Any = eqx.field(static=True)
+
+    @property
+    def like(self) -> PyTree:
+        return self.treedef.unflatten(self.leaves)
+
+    def product(self, vector: PyTree) -> PyTree:
+        return as_image(self.matvec(vector), self.like, "matvec")
+
+
+def as_image(image: PyTree, structure: PyTree, name: str) -> PyTree:
+    """Checks that a product lies in the space of its argument."""
+    return as_vector(image, structure, f"{name}(v)")
+
+
+def operator(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
+    """Wraps a symmetric v ↦ Av as an `Operator`.
+
+    Arrays that `matvec` closes over become leaves of the operator, so that they are arguments of every compiled
+    program that uses it, and can be differentiated. `matvec` is traced once, here.
+
+    Args:
+        matvec: a linear and symmetric function from pytrees shaped as `like` to the same. Trusted, not checked.
+        like: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`s; only shapes and dtypes are used.
+
+    Raises:
+        TypeError: a leaf of `like` is not a real floating-point array.
+        ValueError: `matvec` returns another structure than it takes.
+
+    Example:
+        >>> import hessjax as hj, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.array([3.0, 1.0, -1.0]) * v, like=jnp.zeros(3))
+        >>> (A.shift(1.0) @ jnp.ones(3)).tolist()
+        [4.0, 2.0, 0.0]
+    """
+    structure = structure_of(like)
+    leaves, treedef = jtu.tree_flatten(structure)
+    converted = eqx.filter_closure_convert(matvec, structure)
+    eqx.filter_eval_shape(lambda v: as_image(converted(v), structure, "matvec"), structure)
+    # A function without closed-over arrays stays itself: its identity then keys the compilation cache.
+    hoisted = jtu.tree_leaves(eqx.filter(converted, eqx.is_array))
+    return _Function(converted if hoisted else matvec, tuple(leaves), treedef)
+
+
+def as_operator(op: Any, like: PyTree | None) -> Operator:
+    """Any operator-like object: an `Operator`, a callable with `like=`, or one with lineax's `mv` and `in_structure`.
+
+    Raises:
+        TypeError: `op` is none of these, or a plain callable came without `like=`.
+    """
+    if isinstance(op, Operator):
+        return op
+    if callable(getattr(op, "mv", None)) and callable(getattr(op, "in_structure", None)):
+        return operator(op.mv, op.in_structure())
+    if callable(op):
+        if like is None:
+            raise TypeError("A plain function needs `like=`, a pytree shaped as its vectors; or wrap it: `hj.operator`.")
+        return operator(op, like)
+    raise TypeError(
+        f"Needs an `hj.Operator`, a function with `like=`, or a lineax operator, got {type(op).__name__}. "
+        "A dense matrix A is `hj.operator(lambda v: A @ v, like=jnp.zeros(n))`."
+    )
+
+
+def quadratic_form(op: Operator, vector: PyTree) -> Scalar:
+    """vᵀAv."""
+    return inner(vector, op.product(vector))
