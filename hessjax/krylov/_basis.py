@@ -1,7 +1,7 @@
 """An orthonormal basis of pytree vectors, stored as blocks of rows.
 
 A basis holds up to `num_rows` vectors. It is a tuple of blocks; a block is the vector's pytree with one more leading
-axis, so leaves keep their dtype and sharding. Blocks grow geometrically (16, 16, 32, 32, 64, ...), and a pass over the
+axis, so leaves keep their dtype and sharding. Blocks grow geometrically (32, 32, 64, 64, 128, ...), and a pass over the
 basis skips every block that holds no row to be read. A pass therefore costs the rows in use rather than the capacity,
 and reads them at memory speed; slicing the live rows out of one array would copy them on every pass.
 """
@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
 
-_SMALLEST_BLOCK = 16
+_SMALLEST_BLOCK = 32
 _CHUNK = 1 << 14  # columns rotated at a time; bounds the scratch memory of a restart
 
 
 def block_sizes(num_rows: int) -> list[int]:
-    """Row counts 16, 16, 32, 32, 64, 64, ... that add up to `num_rows`, the last one cut to fit."""
+    """Row counts 32, 32, 64, 64, 128, 128, ... that add up to `num_rows`, the last one cut to fit."""
     sizes: list[int] = []
     while (left := num_rows - sum(sizes)) > 0:
         sizes.append(min(_SMALLEST_BLOCK << (len(sizes) // 2), left))

@@ -8,13 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hessjax._vectors import as_vector, draw, epsilon, inner, scalar_dtype, size_of
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._memory import default_ncv
-from hessjax.krylov._projected import preference
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
 from hessjax.operators._operator import Operator, as_operator
 
@@ -105,7 +105,7 @@ def eigsh(
         raise ValueError(f"`eigsh` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
     if which not in WHICH:
         raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-    if not isinstance(tol, jax.core.Tracer) and not 0 <= tol < math.inf:
+    if not isinstance(tol, jax.core.Tracer) and not 0 <= float(tol) < math.inf:
         raise ValueError(f"`tol` must be a finite number of at least 0, got {tol}. 0 asks for what the dtype allows.")
     if maxiter is not None and (maxiter := _integer("maxiter", maxiter)) < 1:
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
@@ -117,8 +117,9 @@ def eigsh(
     else:
         ncv = default_ncv(op.structure, k) if ncv is None else ncv
         plan = Plan(which, k, ncv, max(10, -(-10 * n // ncv)) if maxiter is None else maxiter)
-    result = _solve(op, start, key, tol, which, k, plan, return_eigenvectors)
-    return result
+    # Committed to the device explicitly: a new tolerance compiles nothing, and no transfer guard objects.
+    tol = tol if isinstance(tol, jax.Array) else jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
+    return _solve(op, start, key, tol, which, k, plan, return_eigenvectors)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -155,7 +156,7 @@ def _solve(
     op: Operator,
     start: PyTree | None,
     key: PRNGKeyArray | None,
-    tol: float | Array,
+    tol: Float[Array, ""],
     which: str,
     k: int,
     plan: Plan | None,
@@ -189,7 +190,7 @@ def _finish(iteration: Iteration, state: State) -> tuple[Array, PyTree, Array, A
     vectors = state.basis.combine(ritz.vectors[:, wanted], state.live)
     good = exist & (verdict.residuals <= verdict.bounds)
     # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
-    edge = preference(ritz.values, ritz.live, iteration.plan.which)[iteration.plan.k - 1]
+    edge = state.order[iteration.plan.k - 1]
     doubt = (state.status != CERTIFIED) & jnp.all(good) & (wanted == edge)
     return values, vectors, verdict.residuals, good & ~doubt, state.num_matvecs
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from hessjax.krylov._basis import block_sizes
+_SIZES = (64, 144)  # leading sizes that a projected problem is solved at; each is compiled
 
 
 class Ritz(eqx.Module):
@@ -65,21 +65,23 @@ def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: 
     threads and can stop for ever on the CPU, and a batched branch would run every size.
     """
     rows = expanded.size
-    sizes = [sum(block_sizes(rows)[: i + 1]) for i in range(len(block_sizes(rows)))]
+    sizes = sorted({min(size, rows) for size in (*_SIZES, rows)})
 
     def solver(size: int) -> Callable[[], Ritz]:
         def solve() -> Ritz:
             ritz = _rayleigh_ritz(projected[:size, :size], expanded[:size], frontier[:size])
-            pad = rows - size
-            square = ((0, pad), (0, pad))
+            square = ((0, rows - size), (0, rows - size))
             return Ritz(
-                jnp.pad(ritz.values, (0, pad)), jnp.pad(ritz.vectors, square), jnp.pad(ritz.couplings, square), ritz.count
+                jnp.pad(ritz.values, square[0]),
+                jnp.pad(ritz.vectors, square),
+                jnp.pad(ritz.couplings, square),
+                ritz.count,
             )
 
         return solve
 
     # The smallest of a few leading sizes that holds the rows in use: the cost follows them.
-    smallest = jnp.searchsorted(jnp.array(sizes), jnp.sum(expanded | frontier))
+    smallest = jnp.sum(jnp.array(sizes) < jnp.sum(expanded | frontier))
     return lax.cond(when, lambda: lax.switch(smallest, [solver(size) for size in sizes]), lambda: old)
 
 
@@ -87,20 +89,18 @@ def _rayleigh_ritz(
     projected: Float[Array, "size size"], expanded: Bool[Array, " size"], frontier: Bool[Array, " size"]
 ) -> Ritz:
     """Solves the projected problem over the expanded rows."""
-    order = jnp.argsort(~expanded, stable=True)
     count = jnp.sum(expanded, dtype=jnp.int32)
-    live = jnp.arange(expanded.size) < count
-    inside = jnp.where(live[:, None] & live[None, :], projected[order][:, order], 0)
+    inside = jnp.where(expanded[:, None] & expanded[None, :], projected, 0)
     peak = jnp.max(jnp.abs(inside))
     unit = jnp.where(peak > 0, peak, 1)
     inside = inside / unit
-    # Rows that are not there sort behind all that are: above every eigenvalue, yet of the matrix's own scale.
+    # Rows that are not expanded sort behind those that are: above every eigenvalue, yet of the matrix's own scale.
     beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))
-    vectors, values = lax.linalg.eigh(inside + jnp.diag(jnp.where(live, 0, beyond)))
-    vectors = jnp.where(live[:, None] & live[None, :], vectors, 0)
-    vectors = jnp.zeros_like(vectors).at[order].set(vectors)
-    coupled = jnp.where(frontier[:, None] & expanded[None, :], projected, 0)
-    couplings = unit * jnp.matmul(coupled / unit, vectors, precision=lax.Precision.HIGHEST)
+    vectors, values = lax.linalg.eigh(inside + jnp.diag(jnp.where(expanded, 0, beyond)))
+    live = jnp.arange(expanded.size) < count
+    vectors = jnp.where(expanded[:, None] & live[None, :], vectors, 0)
+    coupled = jnp.where(frontier[:, None] & expanded[None, :], projected / unit, 0)
+    couplings = unit * jnp.matmul(coupled, vectors, precision=lax.Precision.HIGHEST)
     return Ritz(jnp.where(live, values * unit, 0), vectors, couplings, count)
 
 
@@ -137,11 +137,14 @@ class Verdict(eqx.Module):
     thresholds: Float[Array, " 2"]
 
 
-def judge(ritz: Ritz, which: str, k: int, tol: Scalar, scale: Scalar, noise: Scalar, eps: float) -> Verdict:
+def judge(
+    ritz: Ritz, order: Int[Array, " rows"], which: str, k: int, tol: Scalar, scale: Scalar, noise: Scalar, eps: float
+) -> Verdict:
     """Compares the wanted pairs' residuals with the promise tol · max(eps^(2/3) ‖A‖, |t|).
 
     Args:
         ritz: the current Ritz pairs.
+        order: their `preference`.
         which: LM, LA, SA or BE.
         k: how many.
         tol: relative tolerance; 0 asks for what the dtype allows, 4 · noise. No bound is below four rounding units,
@@ -150,7 +153,7 @@ def judge(ritz: Ritz, which: str, k: int, tol: Scalar, scale: Scalar, noise: Sca
         noise: the norm of the error that one product makes.
         eps: the dtype's rounding unit.
     """
-    wanted = jnp.sort(preference(ritz.values, ritz.live, which)[:k])
+    wanted = jnp.sort(order[:k])
     values, estimates = ritz.values[wanted], ritz.residuals[wanted]
     promise = tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values))
     rounding = eps * scale

@@ -36,7 +36,8 @@ from hessjax.krylov._certificate import Probe, confidence
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
 from hessjax.operators._operator import Operator
 
-RUNNING, CERTIFIED, EXHAUSTED, BROKEN = 0, 1, 2, 3
+RUNNING, CERTIFIED, EXHAUSTED, BROKEN = range(4)
+IMAGE, PROBE, ROW, DONE = range(4)
 
 
 class Plan(eqx.Module):
@@ -70,6 +71,7 @@ class State(eqx.Module):
     expanded: Bool[Array, " rows"]
     count: Int[Array, ""]
     ritz: Ritz
+    order: Int[Array, " rows"]
     probe: Probe
     scale: Scalar
     deviation: Float[Array, " 2"]
@@ -85,6 +87,14 @@ class State(eqx.Module):
     @property
     def frontier(self) -> Bool[Array, " rows"]:
         return self.live & ~self.expanded
+
+
+class Turn(eqx.Module):
+    """Within a step: a vector on its way into the state. Phases are IMAGE, PROBE, ROW and DONE."""
+
+    state: State
+    incoming: PyTree
+    phase: Int[Array, ""]
 
 
 class Iteration(eqx.Module):
@@ -104,40 +114,35 @@ class Iteration(eqx.Module):
         return epsilon(self.op.structure)
 
     def init(self, start: PyTree[Float[Array, "b ..."]]) -> State:
-        """Rows from the orthonormalised start block; what depends on earlier ones is replaced by a random vector."""
+        """Frontier rows from the orthonormalised start block, leaving out what depends on earlier ones."""
         structure = self.op.structure
         dtype = scalar_dtype(structure)
         block = jtu.tree_leaves(start)[0].shape[0]
         rows = self.plan.ncv + self.plan.k + 4 + block
-        basis = Basis.zeros(structure, rows)
-        position = jnp.arange(rows)
 
         def fill(index: Array, carry: tuple[Basis, Array]) -> tuple[Basis, Array]:
             basis, count = carry
             given = jtu.tree_map(lambda leaf: leaf[index], start)
             unit = divide(given, norm(given))
-            live = position < count
-            _, vector, left = basis.orthogonalize(unit, live, live)
+            live = jnp.arange(rows) < count
+            _, vector, left = basis.orthogonalize(unit, live, live) if block > 1 else (None, unit, norm(unit))
             good = left > 64 * self.eps
             return basis.set_row(jnp.where(good, count, rows), divide(vector, left)), count + good
 
-        basis, count = lax.fori_loop(0, block, fill, (basis, jnp.zeros((), jnp.int32)))
+        empty, integer = Basis.zeros(structure, rows), jnp.zeros((), jnp.int32)
+        basis, count = lax.fori_loop(0, block, fill, (empty, integer))
         zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
-        integer, scalar = jnp.zeros((), jnp.int32), jnp.zeros((), dtype)
-        # A zero or non-finite start leaves no row: begin from a random one.
-        random = draw(jax.random.fold_in(self.key, 0), structure)
-        lost = count == 0
-        basis = basis.set_row(jnp.where(lost, 0, rows), divide(random, norm(random)))
         return State(
             basis=basis,
             vector=basis.row(integer),
             target=integer,
             projected=jnp.zeros((rows, rows), dtype),
             expanded=jnp.zeros(rows, bool),
-            count=jnp.where(lost, 1, count),
+            count=count,
             ritz=Ritz.empty(rows, dtype),
+            order=jnp.arange(rows),
             probe=Probe.idle(zero, rows, dtype),
-            scale=scalar,
+            scale=jnp.zeros((), dtype),
             deviation=jnp.zeros(2, dtype),
             next_look=integer,
             restarts=integer,
@@ -160,49 +165,68 @@ class Iteration(eqx.Module):
 
     def judge(self, state: State) -> Verdict:
         """What the current Ritz pairs say about the wanted ones."""
-        return judge(
-            state.ritz, self.plan.which, self.plan.k, self.tol, state.scale, self.noise(state), self.eps
-        )
+        which, k, noise = self.plan.which, self.plan.k, self.noise(state)
+        return judge(state.ritz, state.order, which, k, self.tol, state.scale, noise, self.eps)
 
     def step(self, state: State) -> State:
         """One product, and whatever follows from it."""
-        plan, rows = self.plan, state.expanded.size
-        image = self.op.product(state.vector)
+        turn = Turn(state, self.op.product(state.vector), jnp.asarray(IMAGE))
+        turn = lax.while_loop(lambda turn: turn.phase != DONE, lambda turn: self._absorb(turn), turn)
+        state = self._restart(turn.state)
+        vector = lax.cond(state.probe.active, lambda: turn.incoming, lambda: state.basis.row(state.target))
+        return dataclasses.replace(state, vector=vector)
+
+    def _absorb(self, turn: Turn) -> Turn:
+        """Orthogonalizes what comes in, the product's image or a new direction, and decides what it means."""
+        state, image = turn.state, turn.phase == IMAGE
+        probing = jnp.where(image, state.probe.active, turn.phase == PROBE)
+        lift = jnp.where(image, state.probe.lift(state.ritz), 0)
+        remove = jnp.where(probing, state.expanded, state.live)
+        coefficients, rest, left = state.basis.orthogonalize(turn.incoming, state.live, remove, lift)
+        unit = divide(rest, left)
+        bare = dataclasses.replace(state, basis=None)
+        bare, row, incoming, phase = lax.cond(
+            image,
+            lambda: self._after_product(bare, turn.incoming, coefficients, lift, rest, left, unit),
+            lambda: self._after_direction(bare, turn.phase, coefficients, left, unit),
+        )
+        return Turn(dataclasses.replace(bare, basis=state.basis.set_row(row, unit)), incoming, phase)
+
+    def _after_product(
+        self, state: State, image: PyTree, coefficients: Array, lift: Array, rest: PyTree, left: Scalar, unit: PyTree
+    ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
+        """The state after a product, the row for its remainder, and the direction to orthogonalize next, if any."""
         size = norm(image)
         finite = jnp.isfinite(size)
-        probing, expanding = state.probe.active & finite, ~state.probe.active & finite
-        lift = state.probe.lift(state.ritz)
-        remove = jnp.where(probing, state.expanded, state.live)
-        coefficients, rest, left = state.basis.orthogonalize(image, state.live, remove, lift)
+        probing = state.probe.active & finite
+        expanding = ~state.probe.active & finite & state.live[state.target]
         scale = jnp.where(finite, jnp.maximum(state.scale, size), state.scale)
 
         # Expanding: the product is a column of the projected matrix, and its remainder a new frontier row.
         known = state.projected[state.target]
-        grows = expanding & (left > 4 * self.eps * scale) & (state.count < self.size)
+        grows = expanding & (left > 4 * self.eps * scale) & (state.count < self.op.size)
+        row = jnp.where(grows, state.count, state.expanded.size)
         column = jnp.where(state.expanded, known, jnp.where(state.live, coefficients, 0))
         column = column.at[state.count].set(jnp.where(grows, left, 0))
         written = state.projected.at[:, state.target].set(column).at[state.target].set(column)
-        projected = jnp.where(expanding, written, state.projected)
         surprise = jnp.where(state.expanded & expanding, (coefficients - known) / _nonzero(scale), 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
-        deviation = state.deviation + jnp.stack([jnp.sum(jnp.square(surprise)), samples])
-        unit = divide(rest, left)
         state = dataclasses.replace(
             state,
-            basis=state.basis.set_row(jnp.where(grows, state.count, rows), unit),
-            projected=projected,
+            projected=jnp.where(expanding, written, state.projected),
             expanded=state.expanded.at[state.target].set(state.expanded[state.target] | expanding),
             count=state.count + grows,
             scale=scale,
-            deviation=deviation,
+            deviation=state.deviation + jnp.stack([jnp.sum(jnp.square(surprise)), samples]),
             num_matvecs=state.num_matvecs + 1,
             status=jnp.where(finite, state.status, BROKEN),
         )
-        state, settled = self._look(state, expanding)
+        state, looked = self._look(state, expanding)
         verdict = self.judge(state)
+        settled = looked & verdict.settled
 
         # Probing: one more step of the certificate.
-        limit = self.size / jnp.square(confidence(self.tol))
+        limit = self.op.size / jnp.square(confidence(self.tol))
         probe, z = lax.cond(
             probing,
             lambda: state.probe.advance(
@@ -210,10 +234,38 @@ class Iteration(eqx.Module):
             ),
             lambda: (state.probe, unit),
         )
-        return self._turn(dataclasses.replace(state, probe=probe), verdict, z, probing, settled)
+        needed = jnp.isfinite(verdict.thresholds)
+        complete = jnp.sum(state.expanded) >= self.op.size
+        alarm = probing & probe.alarm
+        proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
+        tired = probing & ~alarm & ~proved & (probe.steps > 100 + state.num_matvecs // 2)
+        begins = (settled & ~complete) | (probing & ~alarm & ~proved & ~tired & probe.proved[probe.side])
+        starved = ~probing & ~settled & ~jnp.any(state.frontier)
+        status = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, state.status))
+        status = jnp.where(finite, status, BROKEN)
+
+        ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
+        unwanted = state.ritz.live.at[verdict.wanted].set(False)
+        begun = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
+        begun = begun.begin(state.ritz, unwanted, verdict.thresholds)
+        state = dataclasses.replace(
+            state,
+            probe=select(begins, begun, ended),
+            target=jnp.argmax(self._urgency(state, verdict)).astype(jnp.int32),
+            status=status,
+        )
+        # The next direction: random for a probe or for a space that has closed, the suspect after an alarm.
+        source = lax.cond(
+            begins | starved,
+            lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
+            lambda: select(alarm, probe.suspect, z),
+        )
+        more = (begins | starved | alarm) & finite
+        phase = jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
+        return state, row, source, phase
 
     def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
-        """Examines the Ritz pairs if it is time to, and says whether the wanted ones have settled.
+        """Examines the Ritz pairs if it is time to, and says whether it did.
 
         Always while the space is small, or the frontier is not a single row, since then the choice of the next row
         needs it; later at every 24th of the dimension, where an examination costs more than the products it saves.
@@ -224,68 +276,35 @@ class Iteration(eqx.Module):
         ritz = refresh(due, state.projected, state.expanded, state.frontier, state.ritz)
         scale = jnp.maximum(state.scale, jnp.max(jnp.abs(ritz.values)))
         following = jnp.where(due, m + jnp.maximum(1, m // 24), state.next_look)
-        state = dataclasses.replace(state, ritz=ritz, scale=scale, next_look=following.astype(jnp.int32))
-        return state, due & self.judge(state).settled
+        order = preference(ritz.values, ritz.live, self.plan.which)
+        return dataclasses.replace(
+            state, ritz=ritz, order=order, scale=scale, next_look=following.astype(jnp.int32)
+        ), due
+
+    def _after_direction(
+        self, state: State, phase: Int[Array, ""], coefficients: Array, left: Scalar, unit: PyTree
+    ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
+        """A probe starts from the direction; otherwise it becomes a frontier row, to be expanded next."""
+        overlap = jnp.where(state.frontier, coefficients, 0)
+        probe = dataclasses.replace(state.probe, overlap=overlap / _nonzero(left))
+        within = jnp.sum(jnp.square(overlap))
+        # A suspect that lies mostly in the frontier asks for that row to be expanded, not for a new one.
+        known = within > jnp.square(left)
+        inject = (phase == ROW) & ~known & (left > 0)
+        target = jnp.where(known, jnp.argmax(jnp.abs(overlap)), state.count).astype(jnp.int32)
+        state = dataclasses.replace(
+            state,
+            probe=select(phase == PROBE, probe, state.probe),
+            count=state.count + inject,
+            target=jnp.where(phase == ROW, target, state.target),
+            status=jnp.where((phase == ROW) & ~known & ~inject, EXHAUSTED, state.status),
+        )
+        row = jnp.where(inject, state.count - 1, state.expanded.size)
+        return state, row, unit, jnp.asarray(DONE)
 
     def _full(self, state: State) -> Bool[Array, ""]:
         """No room for another product."""
         return (jnp.sum(state.expanded) >= self.plan.ncv) | (state.count >= state.expanded.size - 1)
-
-    def _turn(
-        self, state: State, verdict: Verdict, z: PyTree, probing: Bool[Array, ""], settled: Bool[Array, ""]
-    ) -> State:
-        """Decides what comes next, and sets `vector` to it."""
-        probe, rows = state.probe, state.expanded.size
-        needed = jnp.isfinite(verdict.thresholds)
-        complete = jnp.sum(state.expanded) >= self.size
-        alarm = probing & probe.alarm
-        proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
-        side_done = probing & ~alarm & probe.proved[probe.side] & ~proved
-        tired = probing & ~alarm & (probe.steps > 100 + state.num_matvecs // 2)
-        begins = (settled & ~complete) | side_done
-        starved = ~probing & ~settled & ~jnp.any(state.frontier)
-        status = jnp.where(tired, EXHAUSTED, state.status)
-        status = jnp.where((settled & complete) | proved, CERTIFIED, status)
-
-        # A new direction: random for a probe or a space that has closed, the suspect after an alarm.
-        def direction() -> tuple[Array, PyTree, Scalar]:
-            random = draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure)
-            source = select(alarm, probe.suspect, random)
-            source = divide(source, norm(source))
-            return state.basis.orthogonalize(source, state.live, jnp.where(begins, state.expanded, state.live))
-
-        overlap, fresh, left = lax.cond(
-            begins | alarm | starved,
-            direction,
-            lambda: (jnp.zeros_like(probe.overlap), z, jnp.ones((), probe.overlap.dtype)),
-        )
-        fresh = divide(fresh, left)
-        overlap = jnp.where(state.frontier, overlap, 0)
-        # A suspect that lies mostly in the frontier asks for that row to be expanded, not for a new one.
-        known = alarm & (jnp.sum(jnp.square(overlap)) > 0.5)
-        inject = ((alarm & ~known) | starved) & (left > 0)
-        unwanted = state.ritz.live.at[verdict.wanted].set(False)
-        proved_before = jnp.where(settled, False, probe.proved)
-        begun = dataclasses.replace(probe, proved=proved_before).begin(state.ritz, unwanted, verdict.thresholds)
-        begun = dataclasses.replace(begun, overlap=overlap / _nonzero(left))
-        ends = alarm | proved | tired
-        continued = dataclasses.replace(probe, active=probe.active & ~ends)
-
-        target = jnp.argmax(self._urgency(state, verdict)).astype(jnp.int32)
-        target = jnp.where(known, jnp.argmax(jnp.abs(overlap)).astype(jnp.int32), target)
-        target = jnp.where(inject, state.count, target)
-        state = dataclasses.replace(
-            state,
-            basis=state.basis.set_row(jnp.where(inject, state.count, rows), fresh),
-            count=state.count + inject,
-            target=target,
-            probe=select(begins, begun, continued),
-            status=jnp.where(starved & ~inject & (status == RUNNING), EXHAUSTED, status),
-        )
-        state = self._restart(state)
-        onward = state.probe.active
-        vector = lax.cond(onward, lambda: select(begins, fresh, z), lambda: state.basis.row(state.target))
-        return dataclasses.replace(state, vector=vector)
 
     def _urgency(self, state: State, verdict: Verdict) -> Float[Array, " rows"]:
         """How much of the unconverged wanted residuals lies in each frontier row; negative elsewhere."""
@@ -300,7 +319,7 @@ class Iteration(eqx.Module):
         when = full & ~spent
         frontier, ritz = state.frontier, state.ritz
         keep = jnp.minimum(jnp.minimum(self.plan.keep, ritz.count), rows - 2 - jnp.sum(frontier))
-        kept = jnp.sort(jnp.where(position < keep, preference(ritz.values, ritz.live, self.plan.which), rows - 1))
+        kept = jnp.sort(jnp.where(position < keep, state.order, rows - 1))
         moved = jnp.where(frontier, keep + jnp.cumsum(frontier) - 1, rows)
         chosen = position < keep
         carry = (moved[:, None] == position[None, :]).astype(ritz.values.dtype)
