@@ -97,9 +97,8 @@ class Probe(eqx.Module):
         The caller draws z_0 and then sets `overlap` with `observe`.
         """
         remaining = jnp.isfinite(thresholds) & ~self.proved
-        gaps = _SIGNS * thresholds - jnp.stack(
-            [jnp.max(jnp.where(unwanted, sign * ritz.values, -jnp.inf)) for sign in _SIGNS]
-        )
+        signs = jnp.asarray(_SIGNS, self.mass.dtype)
+        gaps = signs * thresholds - jnp.max(jnp.where(unwanted, signs[:, None] * ritz.values, -jnp.inf), axis=1)
         side = jnp.argmin(jnp.where(remaining, gaps, jnp.inf)).astype(jnp.int32)
         points = jnp.where(jnp.isfinite(thresholds), thresholds, 0)
         distance = _frobenius(_self_energy(ritz, points[HIGH]) - _self_energy(ritz, points[LOW]))
@@ -108,7 +107,7 @@ class Probe(eqx.Module):
             self,
             active=jnp.ones((), bool),
             side=side,
-            points=points - _SIGNS * jnp.where(jnp.arange(2) == side, 0, distance),
+            points=points - signs * jnp.where(jnp.arange(2) == side, 0, distance),
             beyond=jnp.zeros(2, bool),
             polynomial=one,
             previous=zero,
@@ -142,14 +141,15 @@ class Probe(eqx.Module):
         Returns:
             The next state, and z_(j+1).
         """
+        signs = jnp.asarray(_SIGNS, self.mass.dtype)
         alpha = inner(z, image)
         image = subtract(subtract(image, alpha, z), self.beta, self.last)
         correction = inner(z, image)
         image, alpha = subtract(image, correction, z), alpha + correction
         beta = norm(image)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
-        value = _SIGNS * (self.points - alpha) * self.polynomial - self.beta * self.previous
-        polynomial = value / _nonzero(beta)
+        value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous
+        polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _nonzero(beta))
         mass = self.mass + jnp.square(polynomial)
         beyond = self.beyond | ~(value > 0)
         alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
@@ -159,9 +159,9 @@ class Probe(eqx.Module):
             self,
             proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),
             beyond=beyond,
-            polynomial=polynomial.astype(mass.dtype),
+            polynomial=polynomial,
             previous=self.polynomial,
-            mass=mass.astype(self.mass.dtype),
+            mass=mass,
             steps=self.steps + 1,
             beta=beta,
             overlap=following,

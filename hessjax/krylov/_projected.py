@@ -160,17 +160,33 @@ def judge(
     bounds = jnp.where(tol > 0, jnp.maximum(promise, 4 * rounding), jnp.clip(4 * noise, 16 * rounding, 2000 * rounding))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
-    slack = jnp.maximum(jnp.maximum(bounds, residuals), 64 * eps * scale)
-    inf = jnp.inf
-    if which == "LM":
-        edge = jnp.max(jnp.where(jnp.abs(values) == jnp.min(jnp.abs(values)), jnp.abs(values) + slack, -inf))
-        low, high = -edge, edge
-    elif which == "LA":
-        low, high = -inf, values[0] + slack[0]
-    elif which == "SA":
-        low, high = values[-1] - slack[-1], inf
-    else:
-        low = values[k // 2 - 1] - slack[k // 2 - 1] if k > 1 else -inf
-        high = values[k // 2] + slack[k // 2]
-    thresholds = jnp.stack([jnp.asarray(x, ritz.values.dtype) for x in (low, high)])
+    slack = jnp.maximum(jnp.maximum(jnp.maximum(bounds, residuals), 64 * rounding), jnp.finfo(values.dtype).tiny)
+    thresholds = _thresholds(values, slack, which)
     return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)
+
+
+def _thresholds(values: Float[Array, " k"], slack: Float[Array, " k"], which: str) -> Float[Array, " 2"]:
+    """(low, high): where an eigenvalue that is not among the ascending wanted `values` would be a miss.
+
+    Each stands `slack` beyond the outermost wanted value, or beyond the cluster in which that value lies: closer to a
+    value that was found, the count of eigenvalues beyond the threshold would hang on rounding.
+    """
+
+    def beyond(values: Array, slack: Array) -> Array:
+        reach = values + slack
+        apart = values[1:] - slack[1:] > reach[:-1]
+        return reach[jnp.argmax(jnp.append(apart, True))]
+
+    k, infinity = values.size, jnp.array(jnp.inf, values.dtype)
+    low, high = -infinity, infinity
+    if which == "LM":
+        by_magnitude = jnp.argsort(jnp.abs(values))
+        high = beyond(jnp.abs(values)[by_magnitude], slack[by_magnitude])
+        low = -high
+    if which in ("LA", "BE"):
+        start = 0 if which == "LA" else k // 2
+        high = beyond(values[start:], slack[start:])
+    if which == "SA" or (which == "BE" and k > 1):
+        end = k if which == "SA" else k // 2
+        low = -beyond(-values[:end][::-1], slack[:end][::-1])
+    return jnp.stack([low, high])

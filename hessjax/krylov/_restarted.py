@@ -106,10 +106,6 @@ class Iteration(eqx.Module):
     key: PRNGKeyArray
 
     @property
-    def size(self) -> int:
-        return self.op.size
-
-    @property
     def eps(self) -> float:
         return epsilon(self.op.structure)
 
@@ -157,10 +153,11 @@ class Iteration(eqx.Module):
     def noise(self, state: State) -> Scalar:
         """The norm of a product's error: rounding, or what the asymmetry of qᵢᵀAqⱼ betrays, whichever is larger.
 
-        An error with independent entries of size s has norm s √n and moves each of those entries by s.
+        An error with independent entries of size s has norm s √n and moves each qᵢᵀAqⱼ by s. Asymmetry that the
+        rounding of inner products explains does not count.
         """
         total, samples = state.deviation
-        asymmetry = state.scale * jnp.sqrt(self.size * total / jnp.maximum(samples, 1))
+        asymmetry = state.scale * jnp.sqrt(self.op.size * total / jnp.maximum(samples, 1))
         return jnp.maximum(self.eps * state.scale, asymmetry)
 
     def judge(self, state: State) -> Verdict:
@@ -209,7 +206,8 @@ class Iteration(eqx.Module):
         column = jnp.where(state.expanded, known, jnp.where(state.live, coefficients, 0))
         column = column.at[state.count].set(jnp.where(grows, left, 0))
         written = state.projected.at[:, state.target].set(column).at[state.target].set(column)
-        surprise = jnp.where(state.expanded & expanding, (coefficients - known) / _nonzero(scale), 0)
+        surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / _nonzero(scale), 0)
+        surprise = jnp.maximum(surprise - 8 * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
         state = dataclasses.replace(
             state,
