@@ -45,6 +45,23 @@ def confidence(tol: Scalar) -> Scalar:
     return jnp.clip(3 * jnp.sqrt(tol), 1e-3, 0.1)
 
 
+def start_suffices(ritz: Ritz, frontier: Bool[Array, " rows"], thresholds: Float[Array, " 2"], limit: Scalar) -> Array:
+    """Whether the start vector itself, if random, proves that nothing lies beyond the thresholds.
+
+    The test above with the iteration's own basis, when that is still the Krylov space of row 0: the polynomials at x
+    are the entries of p = (x - H)⁻¹ Cᵀ up to a factor, and Σ p_i² ≥ n/δ² reads p_0² ≤ (δ²/n) ‖p‖². It says nothing of
+    further copies of a repeated eigenvalue.
+    """
+    coupling = jnp.sum(jnp.where(frontier[:, None], ritz.couplings, 0), axis=0)
+
+    def proves(x: Scalar) -> Array:
+        weights = jnp.where(ritz.live, coupling / _nonzero(x - ritz.values), 0)
+        kernel = _matmul(ritz.vectors, weights / _nonzero(jnp.max(jnp.abs(weights))))
+        return limit * jnp.square(kernel[0]) <= jnp.sum(jnp.square(kernel))
+
+    return jnp.all(jnp.stack([~jnp.isfinite(x) | proves(x) for x in thresholds]))
+
+
 class Probe(eqx.Module):
     """A Lanczos run on S that keeps three vectors: z_j (held by the caller), `last` and `suspect`.
 

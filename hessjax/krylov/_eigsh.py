@@ -116,7 +116,8 @@ def eigsh(
         plan = None
     else:
         ncv = default_ncv(op.structure, k) if ncv is None else ncv
-        plan = Plan(which, k, ncv, max(10, -(-10 * n // ncv)) if maxiter is None else maxiter)
+        maxiter = max(10, -(-10 * n // ncv)) if maxiter is None else maxiter
+        plan = Plan(which, k, ncv, maxiter, random_start=start is None)
     # Committed to the device explicitly: a new tolerance compiles nothing, and no transfer guard objects.
     tol = tol if isinstance(tol, jax.Array) else jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
     return _solve(op, start, key, tol, which, k, plan, return_eigenvectors)

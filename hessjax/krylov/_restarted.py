@@ -17,7 +17,8 @@ Invariants at the head of the loop:
     rows [0, count) are orthonormal; `expanded` of them have been multiplied, the others are the frontier;
     `projected` holds qᵢᵀAqⱼ wherever i or j is expanded, and A q of an expanded q lies in the span of the rows;
     `vector` is the unit vector to multiply: row `target`, or the probe's z;
-    `num_matvecs` products have been spent.
+    `num_matvecs` products have been spent;
+    `seeded` holds while the rows are the Krylov space of a random start that may certify the result.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select, size_of
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._certificate import Probe, confidence
+from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
 from hessjax.operators._operator import Operator
 
@@ -48,12 +49,14 @@ class Plan(eqx.Module):
         k: the number of pairs.
         ncv: expanded rows before a restart.
         maxiter: restarts before giving up, the first fill counted.
+        random_start: the start is one random vector, which can certify a single pair without a probe.
     """
 
     which: str = eqx.field(static=True)
     k: int = eqx.field(static=True)
     ncv: int = eqx.field(static=True)
     maxiter: int = eqx.field(static=True)
+    random_start: bool = eqx.field(static=True)
 
     @property
     def keep(self) -> int:
@@ -76,6 +79,7 @@ class State(eqx.Module):
     scale: Scalar
     deviation: Float[Array, " 2"]
     next_look: Int[Array, ""]
+    seeded: Bool[Array, ""]
     restarts: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     status: Int[Array, ""]
@@ -141,6 +145,7 @@ class Iteration(eqx.Module):
             scale=jnp.zeros((), dtype),
             deviation=jnp.zeros(2, dtype),
             next_look=integer,
+            seeded=jnp.asarray(self.plan.k == 1 and self.plan.random_start) & (self.tol > 1000 * self.eps),
             restarts=integer,
             num_matvecs=integer,
             status=integer,
@@ -221,10 +226,13 @@ class Iteration(eqx.Module):
         )
         state, looked = self._look(state, expanding)
         verdict = self.judge(state)
-        settled = looked & verdict.settled
+        limit = self.op.size / jnp.square(confidence(self.tol))
+        # A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
+        sufficient = looked & verdict.settled & state.seeded
+        sufficient &= start_suffices(state.ritz, state.frontier, verdict.thresholds, limit)
+        settled = looked & verdict.settled & (~state.seeded | sufficient)
 
         # Probing: one more step of the certificate.
-        limit = self.op.size / jnp.square(confidence(self.tol))
         probe, z = lax.cond(
             probing,
             lambda: state.probe.advance(
@@ -237,6 +245,7 @@ class Iteration(eqx.Module):
         alarm = probing & probe.alarm
         proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
         tired = probing & ~alarm & ~proved & (probe.steps > 100 + state.num_matvecs // 2)
+        complete |= sufficient
         begins = (settled & ~complete) | (probing & ~alarm & ~proved & ~tired & probe.proved[probe.side])
         starved = ~probing & ~settled & ~jnp.any(state.frontier)
         status = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, state.status))
@@ -294,6 +303,7 @@ class Iteration(eqx.Module):
             state,
             probe=select(phase == PROBE, probe, state.probe),
             count=state.count + inject,
+            seeded=state.seeded & (phase == PROBE),
             target=jnp.where(phase == ROW, target, state.target),
             status=jnp.where((phase == ROW) & ~known & ~inject, EXHAUSTED, state.status),
         )
@@ -334,6 +344,7 @@ class Iteration(eqx.Module):
             target=moved[state.target].astype(jnp.int32),
             ritz=compressed,
             next_look=keep.astype(jnp.int32),
+            seeded=jnp.zeros((), bool),
             restarts=state.restarts + 1,
         )
         chosen_state = select(when, small, dataclasses.replace(state, basis=None))
