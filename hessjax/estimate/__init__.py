@@ -1,0 +1,1 @@
+"""From an operator to densities, traces, diagonals and counts: every number with its error."""

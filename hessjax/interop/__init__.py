@@ -1,0 +1,3 @@
+"""From and to the neighbours: other frameworks' models, and SciPy."""
+
+from hessjax.interop._scipy import as_scipy as as_scipy

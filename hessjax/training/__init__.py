@@ -1,0 +1,1 @@
+"""The same measurements inside a training loop, as an optax transformation."""
