@@ -1,12 +1,13 @@
 """An orthonormal basis of pytree vectors, stored as blocks of rows.
 
 A basis holds up to `num_rows` vectors. It is a tuple of blocks; a block is the vector's pytree with one more leading
-axis, so leaves keep their dtype and sharding. Blocks grow geometrically (32, 32, 64, 64, 128, ...), and a pass over the
+axis, so leaves keep their dtype and sharding. Blocks grow geometrically (32, 48, 80, 128, ...), and a pass over the
 basis skips every block that holds no row to be read. A pass therefore costs the rows in use rather than the capacity,
 and reads them at memory speed; slicing the live rows out of one array would copy them on every pass.
 """
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,10 +23,10 @@ _CHUNK = 1 << 14  # columns rotated at a time; bounds the scratch memory of a re
 
 
 def block_sizes(num_rows: int) -> list[int]:
-    """Row counts 32, 32, 64, 64, 128, 128, ... that add up to `num_rows`, the last one cut to fit."""
+    """Row counts 32, 48, 80, 128, 208, ... that add up to `num_rows`, the last one cut to fit."""
     sizes: list[int] = []
     while (left := num_rows - sum(sizes)) > 0:
-        sizes.append(min(_SMALLEST_BLOCK << (len(sizes) // 2), left))
+        sizes.append(min(_SMALLEST_BLOCK if not sizes else 16 * round(sizes[-1] / 10), left))
     return sizes
 
 
@@ -128,21 +129,23 @@ class Basis(eqx.Module):
         back as norm 0, so that noise is never normalised into a basis vector.
         """
         before = norm(vector)
-        coefficients, once = self.project(vector, read, remove, add)
-        after = norm(once)
+        start = (jnp.zeros(remove.shape, before.dtype), vector, before, jnp.zeros_like(before))
 
-        def again(once: PyTree) -> tuple[Array, PyTree, Scalar]:
-            correction, twice = self.project(once, read, remove)
-            last = norm(twice)
-            # A vector inside the span: what the second pass leaves is noise of both.
-            noise = (last < 0.5 * after) & (last < 64 * epsilon(vector) * before)
-            return jnp.where(remove, correction, 0), twice, jnp.where(noise, 0, last)
+        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
+            coefficients, vector, left, earlier = carry
+            change, vector = self.project(vector, read, remove, jnp.where(first, 0 if add is None else add, 0))
+            coefficients = coefficients + jnp.where(first | remove, change, 0)
+            return (coefficients, vector, norm(vector), left), None
 
-        def enough(once: PyTree) -> tuple[Array, PyTree, Scalar]:
-            return jnp.zeros_like(coefficients), once, after
+        def maybe(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
+            cancelled = carry[2] < before / math.sqrt(2)
+            return lax.cond(first | cancelled, sweep, lambda carry, _: (carry, None), carry, first)
 
-        correction, vector, left = lax.cond(after < before / math.sqrt(2), again, enough, once)
-        return coefficients + correction, vector, left
+        # Two turns of a loop rather than two calls: the pass is compiled once.
+        (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
+        # A vector inside the span: what the second pass leaves is noise of both.
+        noise = (left < 0.5 * earlier) & (left < 64 * epsilon(vector) * before)
+        return coefficients, vector, jnp.where(noise, 0, left)
 
     def combine(self, weights: Float[Array, "num_rows k"], read: Bool[Array, " num_rows"]) -> PyTree:
         """The k combinations Qw as one pytree with leading axis k."""

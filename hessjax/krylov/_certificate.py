@@ -160,9 +160,9 @@ class Probe(eqx.Module):
         """
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
         alpha = inner(z, image)
-        image = subtract(subtract(image, alpha, z), self.beta, self.last)
-        correction = inner(z, image)
-        image, alpha = subtract(image, correction, z), alpha + correction
+        image = jtu.tree_map(
+            lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last
+        )
         beta = norm(image)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
         value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous

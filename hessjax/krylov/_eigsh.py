@@ -17,6 +17,7 @@ from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._memory import default_ncv
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
 from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._packing import Packed, Packing
 
 WHICH = ("LM", "LA", "SA", "BE")
 _DENSE_SIZE = 256  # up to here n products and a dense `eigh` beat an iteration, and cannot miss anything
@@ -120,7 +121,7 @@ def eigsh(
         plan = Plan(which, k, ncv, maxiter, random_start=start is None)
     # Committed to the device explicitly: a new tolerance compiles nothing, and no transfer guard objects.
     tol = tol if isinstance(tol, jax.Array) else jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
-    return _solve(op, start, key, tol, which, k, plan, return_eigenvectors)
+    return _solve(op, start, key, tol, which, k, plan, Packing.of(op.like), return_eigenvectors)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -161,6 +162,7 @@ def _solve(
     which: str,
     k: int,
     plan: Plan | None,
+    packing: Packing,
     return_eigenvectors: bool,
 ) -> Eigenpairs:
     frozen, start = lax.stop_gradient(eqx.filter(op, eqx.is_array)), lax.stop_gradient(start)
@@ -169,15 +171,19 @@ def _solve(
     tol = lax.stop_gradient(jnp.asarray(tol, dtype))
     if plan is None:
         values, vectors, residuals, converged, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
+        vectors = _fix_signs(vectors)
     else:
         key = jax.random.key(0) if key is None else key
         draw_key, key = jax.random.split(key)
+        packed = Packed(fixed, packing)
         if start is None:
-            start = jtu.tree_map(lambda leaf: leaf[None], draw(draw_key, op.structure))
-        iteration = Iteration(fixed, plan, tol, key)
-        state = iteration.run(iteration.init(start))
+            block = jtu.tree_map(lambda leaf: leaf[None], draw(draw_key, packed.structure))
+        else:
+            block = packing.pack(start, batch=1)
+        iteration = Iteration(packed, plan, tol, key)
+        state = iteration.run(iteration.init(block))
         values, vectors, residuals, converged, num_matvecs = _finish(iteration, state)
-    vectors = _fix_signs(vectors)
+        vectors = packing.unpack(_fix_signs(vectors), batch=1)
     values = _differentiable(op, values, vectors)
     return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, num_matvecs)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 from hessjax._vectors import as_vector, divide, draw, epsilon, norm, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._packing import Packed, Packing
 
 
 class Lanczos(eqx.Module):
@@ -100,7 +101,7 @@ def lanczos(
     if not 1 <= num_steps <= op.size:
         raise ValueError(f"`lanczos` needs 1 <= `num_steps` <= {op.size}, the operator's size, got {num_steps}.")
     start = start_vector(op, key, v0, "lanczos")
-    return _lanczos(op, start, num_steps)
+    return _lanczos(op, start, num_steps, Packing.of(op.like))
 
 
 def start_vector(op: Operator, key: PRNGKeyArray | None, v0: PyTree | None, caller: str) -> PyTree:
@@ -117,7 +118,8 @@ def start_vector(op: Operator, key: PRNGKeyArray | None, v0: PyTree | None, call
 
 
 @eqx.filter_jit
-def _lanczos(op: Operator, start: PyTree, num_steps: int) -> Lanczos:
+def _lanczos(op: Operator, start: PyTree, num_steps: int, packing: Packing) -> Lanczos:
+    op, start = Packed(op, packing), packing.pack(start)
     dtype, eps = scalar_dtype(start), epsilon(start)
     position = jnp.arange(num_steps)
 
@@ -139,5 +141,5 @@ def _lanczos(op: Operator, start: PyTree, num_steps: int) -> Lanczos:
     carry = (Basis.zeros(op.structure, num_steps), start, first, jnp.zeros((), dtype))
     (basis, residual, beta, _), (alphas, betas) = lax.scan(step, carry, position)
     steps = jnp.sum(jnp.concatenate([first[None] != 0, betas[:-1] != 0]), dtype=jnp.int32)
-    zeroed = jtu.tree_map(lambda leaf: jnp.where(beta == 0, 0, leaf).astype(leaf.dtype), residual)
-    return Lanczos(basis.stack(), alphas, betas[:-1], zeroed, beta, steps)
+    residual = packing.unpack(jtu.tree_map(lambda leaf: jnp.where(beta == 0, 0, leaf).astype(leaf.dtype), residual))
+    return Lanczos(packing.unpack(basis.stack(), batch=1), alphas, betas[:-1], residual, beta, steps)
