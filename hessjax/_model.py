@@ -15,6 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from hessjax._function import Function, as_function
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
 from hessjax.operators._hessian import as_scalar, count_examples
@@ -49,14 +50,14 @@ class Model(eqx.Module):
 
     params: PyTree[Array]
     data: tuple[PyTree, PyTree]
-    forward: Callable[[PyTree, PyTree], PyTree]
-    loss: Callable[[PyTree, PyTree], Scalar]
+    forward: Function
+    loss: Function
     batched: bool = eqx.field(static=True)
 
     def __init__(
         self,
         params: PyTree,
-        data: tuple[PyTree, PyTree],
+        data: Any,
         forward: Callable[[PyTree, PyTree], PyTree],
         loss: Callable[[PyTree, PyTree], Scalar],
         *,
@@ -65,14 +66,14 @@ class Model(eqx.Module):
         params = _join_lists(params, "params")
         structure = structure_of(params)
         self.params = jtu.tree_map(lambda leaf, spec: jnp.asarray(leaf, spec.dtype), params, structure)
-        if not isinstance(data, tuple | list) or len(data) != 2:
+        if not isinstance(data, tuple | list) or len(data) != 2 or _is_number(data[0]):
             what = f"{len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
             raise ValueError(f"`data` must be the pair `(inputs, targets)`, got {what}.")
         inputs, targets = (_to_jax(_join_lists(part, name)) for part, name in zip(data, ("inputs", "targets"), strict=True))
         self.data = (inputs, targets)
         count_examples(self.data)
-        self.forward = forward
-        self.loss = loss
+        self.forward = as_function(forward)
+        self.loss = as_function(loss)
         self.batched = batched
 
     @property
@@ -136,8 +137,8 @@ class Model(eqx.Module):
 class _MeanLoss(eqx.Module):
     """The mean of a per-example loss, as a function of parameters, inputs and targets."""
 
-    forward: Callable[[PyTree, PyTree], PyTree]
-    loss: Callable[[PyTree, PyTree], Scalar]
+    forward: Function
+    loss: Function
     batched: bool = eqx.field(static=True)
 
     def __call__(self, params: PyTree, inputs: PyTree, targets: PyTree) -> Scalar:

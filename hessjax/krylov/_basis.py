@@ -33,7 +33,7 @@ def block_sizes(num_rows: int) -> list[int]:
 class Basis(eqx.Module):
     """Up to `num_rows` vectors, of which the caller knows the live ones."""
 
-    blocks: tuple[PyTree[Float[Array, "rows ..."]], ...]
+    blocks: tuple[PyTree[Array], ...]
 
     @classmethod
     def zeros(cls, structure: PyTree[jax.ShapeDtypeStruct], num_rows: int) -> "Basis":
@@ -129,11 +129,13 @@ class Basis(eqx.Module):
         back as norm 0, so that noise is never normalised into a basis vector.
         """
         before = norm(vector)
-        start = (jnp.zeros(remove.shape, before.dtype), vector, before, jnp.zeros_like(before))
+        nothing = jnp.zeros(remove.shape, before.dtype)
+        start = (nothing, vector, before, jnp.zeros_like(before))
+        extra = nothing if add is None else add
 
         def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
             coefficients, vector, left, earlier = carry
-            change, vector = self.project(vector, read, remove, jnp.where(first, 0 if add is None else add, 0))
+            change, vector = self.project(vector, read, remove, jnp.where(first, extra, 0))
             coefficients = coefficients + jnp.where(first | remove, change, 0)
             return (coefficients, vector, norm(vector), left), None
 

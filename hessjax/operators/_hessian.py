@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from hessjax._function import Function, as_function
 from hessjax._vectors import structure_of
 from hessjax.operators._operator import Operator
 
@@ -52,9 +53,10 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callab
     def build(params: PyTree, *args: Any) -> Hessian:
         structure = structure_of(params)
         params = jtu.tree_map(lambda leaf, spec: jnp.asarray(leaf, spec.dtype), params, structure)
+        args = jtu.tree_map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, args)
         if batch_size is not None:
             count_examples(args)
-        return Hessian(loss, params, args, batch_size)
+        return Hessian(as_function(loss), params, args, batch_size)
 
     return build
 
@@ -62,7 +64,7 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callab
 class Hessian(Operator):
     """∇²L(θ) for `loss(params, *args)`. Made by `hj.hvp`."""
 
-    loss: Callable[..., Scalar]
+    loss: Function
     params: PyTree
     args: tuple[Any, ...]
     batch_size: int | None = eqx.field(static=True)

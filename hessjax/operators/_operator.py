@@ -13,9 +13,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from hessjax._function import Function, as_function
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
+
+RealScalar = int | float | np.number | Scalar
 
 _DENSE_COLUMNS = 32  # products that `Operator.dense` runs together
 
@@ -57,50 +61,35 @@ class Operator(eqx.Module):
         Raises:
             ValueError: the tree or a shape differs.
         """
-        return self.product(as_vector(vector, self.structure, "vector"))
+        return _apply(self, as_vector(vector, self.structure, "vector"))
 
     def __matmul__(self, vector: PyTree) -> PyTree:
         return self(vector)
 
-    def shift(self, scalar: float | Scalar) -> "Operator":
+    def shift(self, scalar: RealScalar) -> "Operator":
         """A + sI, for a real scalar s."""
-        return _Shifted(self, jnp.asarray(scalar))
+        return _Shifted(self, _scalar(scalar))
 
     def dense(self) -> Float[Array, "n n"]:
         """The matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree`.
 
         Costs n products, run 32 at a time, and n² entries of memory: for small n, and for checking.
         """
-        structure = self.structure
-        leaves, treedef = jtu.tree_flatten(structure)
-        ends, n, dtype = [], 0, scalar_dtype(structure)
-        for leaf in leaves:
-            ends.append((n, n + size_of(leaf)))
-            n += size_of(leaf)
+        return _dense(self)
 
-        def column(index: Array) -> Array:
-            flat = [
-                (jnp.arange(low, high) == index).astype(leaf.dtype).reshape(leaf.shape)
-                for (low, high), leaf in zip(ends, leaves, strict=True)
-            ]
-            image = jtu.tree_leaves(self.product(treedef.unflatten(flat)))
-            return jnp.concatenate([part.reshape(-1).astype(dtype) for part in image])
-
-        return jax.lax.map(column, jnp.arange(n), batch_size=min(_DENSE_COLUMNS, n)).T
-
-    def __add__(self, other: "Operator") -> "Operator":
+    def __add__(self, other: Any) -> "Operator":
         return _Sum(self, _partner(self, other)) if isinstance(other, Operator) else NotImplemented
 
-    def __sub__(self, other: "Operator") -> "Operator":
+    def __sub__(self, other: Any) -> "Operator":
         return self + (-1 * other) if isinstance(other, Operator) else NotImplemented
 
-    def __mul__(self, scalar: float | Scalar) -> "Operator":
+    def __mul__(self, scalar: Any) -> "Operator":
         return _Scaled(self, _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
 
-    def __rmul__(self, scalar: float | Scalar) -> "Operator":
+    def __rmul__(self, scalar: Any) -> "Operator":
         return self * scalar
 
-    def __truediv__(self, scalar: float | Scalar) -> "Operator":
+    def __truediv__(self, scalar: Any) -> "Operator":
         return _Scaled(self, 1 / _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
 
     def __neg__(self) -> "Operator":
@@ -111,7 +100,7 @@ def _is_scalar(value: Any) -> bool:
     return eqx.is_array_like(value) and jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
 
 
-def _scalar(value: float | Scalar) -> Scalar:
+def _scalar(value: RealScalar) -> Scalar:
     return jnp.asarray(value, dtype=jnp.result_type(value, jnp.float32))
 
 
@@ -121,6 +110,31 @@ def _partner(first: Operator, second: Operator) -> Operator:
             f"Operators add only on vectors of one structure, got {first.structure} and {second.structure}."
         )
     return second
+
+
+@eqx.filter_jit
+def _apply(operator: Operator, vector: PyTree) -> PyTree:
+    return operator.product(vector)
+
+
+@eqx.filter_jit
+def _dense(operator: Operator) -> Float[Array, "n n"]:
+    structure = operator.structure
+    leaves, treedef = jtu.tree_flatten(structure)
+    ends, n, dtype = [], 0, scalar_dtype(structure)
+    for leaf in leaves:
+        ends.append((n, n + size_of(leaf)))
+        n += size_of(leaf)
+
+    def column(index: Array) -> Array:
+        flat = [
+            (jnp.arange(low, high) == index).astype(leaf.dtype).reshape(leaf.shape)
+            for (low, high), leaf in zip(ends, leaves, strict=True)
+        ]
+        image = jtu.tree_leaves(operator.product(treedef.unflatten(flat)))
+        return jnp.concatenate([part.reshape(-1).astype(dtype) for part in image])
+
+    return jax.lax.map(column, jnp.arange(n), batch_size=min(_DENSE_COLUMNS, n)).T
 
 
 class _Sum(Operator):
@@ -159,10 +173,10 @@ class _Shifted(Operator):
         return subtract(self.operator.product(vector), -self.scalar, vector)
 
 
-class _Function(Operator):
+class _Wrapped(Operator):
     """A user's `v -> Av`: its closed-over arrays, hoisted into leaves, and its structure."""
 
-    matvec: Callable[[PyTree], PyTree]
+    matvec: Function
     leaves: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
@@ -205,7 +219,7 @@ def operator(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
     eqx.filter_eval_shape(lambda v: as_image(converted(v), structure, "matvec"), structure)
     # A function without closed-over arrays stays itself: its identity then keys the compilation cache.
     hoisted = jtu.tree_leaves(eqx.filter(converted, eqx.is_array))
-    return _Function(converted if hoisted else matvec, tuple(leaves), treedef)
+    return _Wrapped(as_function(converted if hoisted else matvec), tuple(leaves), treedef)
 
 
 def as_operator(op: Any, like: PyTree | None) -> Operator:

@@ -1,0 +1,32 @@
+import os
+
+# Two devices, so that sharded leaves can be tested; must precede the first use of jax.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax
+import numpy as np
+import pytest
+from cases import digits_hessians
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(20)
+
+
+@pytest.fixture(scope="session")
+def network_hessians():
+    """Stage of training -> (model in float64, its dense Hessian, its eigenvalues ascending)."""
+    with jax.enable_x64(True):
+        return digits_hessians()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)

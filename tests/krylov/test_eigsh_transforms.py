@@ -1,0 +1,152 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Diagonal, Matrix, cross_entropy, digits_model, mlp, mlp_params
+
+import hessjax as hj
+
+N = 300
+
+
+def symmetric(seed, n=N):
+    matrix = np.random.default_rng(seed).standard_normal((n, n))
+    return jnp.asarray(matrix + matrix.T + np.diag(10.0 * np.arange(n)))
+
+
+@pytest.mark.parametrize("n", [40, N])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_derivative_of_a_simple_eigenvalue(n, mode, x64, key):
+    matrix, direction = symmetric(0, n), symmetric(1, n) / 100
+
+    def top(t):
+        return hj.eigsh(Matrix(matrix + t * direction), 2, key, which="LA", tol=1e-10).eigenvalues
+
+    def exact(t):
+        return np.linalg.eigvalsh(np.asarray(matrix + t * direction))[-2:]
+
+    step = 1e-5
+    difference = (exact(step) - exact(-step)) / (2 * step)
+    derivative = (jax.jacrev if mode == "reverse" else jax.jacfwd)(top)(0.0)
+    np.testing.assert_allclose(derivative, difference, rtol=1e-6)
+
+
+def test_derivative_with_respect_to_a_closed_over_array(x64, key):
+    values = jnp.asarray(np.random.default_rng(0).permutation(np.arange(1.0, N + 1)))
+
+    def top(values):
+        return hj.eigsh(hj.operator(lambda v: values * v, values), 1, key, which="LA", tol=1e-10).eigenvalues[0]
+
+    np.testing.assert_allclose(jax.grad(top)(values), values == N, atol=1e-6)
+
+
+def test_derivative_of_sharpness_with_respect_to_parameters(x64, key):
+    model = digits_model(mlp_params(jax.random.key(1), (64, 6, 10)), count=60)
+
+    def sharpness(params):
+        op = hj.Model(params, model.data, mlp, cross_entropy).hessian()
+        return hj.eigsh(op, 1, key, which="LA", tol=1e-11).eigenvalues[0]
+
+    gradient = jax.jit(jax.grad(sharpness))(model.params)
+    direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), model.params)
+    along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    step = 1e-4
+    value = jax.jit(lambda t: sharpness(jax.tree.map(lambda p, d: p + t * d, model.params, direction)))
+    np.testing.assert_allclose(along, (value(step) - value(-step)) / (2 * step), rtol=1e-5)
+
+
+def test_derivative_of_a_repeated_eigenvalue_is_finite_and_sums_right(x64, key):
+    def top(t):
+        values = jnp.ones(N).at[:3].set(2.0) * (1 + t)
+        return jnp.sum(hj.eigsh(Diagonal(values), 3, key, which="LA", tol=1e-10).eigenvalues)
+
+    np.testing.assert_allclose(jax.grad(top)(0.0), 6.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [50, N])
+def test_vmap_equals_a_python_loop(n, x64, key):
+    values = jnp.asarray(np.random.default_rng(2).standard_normal((3, n)))
+    solve = lambda v: hj.eigsh(Diagonal(v), 3, key, which="LA", tol=1e-8, ncv=None if n == 50 else 40)
+    batched = jax.jit(jax.vmap(solve))(values)
+    for index in range(3):
+        single = solve(values[index])
+        np.testing.assert_allclose(batched.eigenvalues[index], single.eigenvalues, rtol=1e-8)
+        assert bool(batched.converged[index].all())
+
+
+def test_inside_scan_and_a_jitted_training_step(key):
+    model = digits_model(mlp_params(jax.random.key(1)), count=100)
+
+    @jax.jit
+    def train(params, data):
+        def step(params, _):
+            here = hj.Model(params, data, mlp, cross_entropy)
+            top = hj.eigsh(here.hessian(), 1, key, which="LA", tol=1e-3, return_eigenvectors=False)
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, here.gradient()), (top.eigenvalues[0], top.converged)
+
+        return jax.lax.scan(step, params, length=3)
+
+    _, (sharpness, converged) = train(model.params, model.data)
+    assert bool(converged.all())
+    first = hj.eigsh(model.hessian(), 1, key, which="LA", tol=1e-6).eigenvalues[0]
+    np.testing.assert_allclose(sharpness[0], first, rtol=1e-3)
+
+
+def counted_loss():
+    traces = []
+
+    def loss(params, x, y):
+        traces.append(1)
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2)
+
+    return loss, traces
+
+
+def regression(seed, n=64):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {"w": jax.random.normal(keys[0], (20, 15)), "v": jax.random.normal(keys[1], (15,))}
+    return params, jax.random.normal(keys[2], (n, 20)), jax.random.normal(keys[3], (n,))
+
+
+@pytest.mark.parametrize("batch_size", [None, 24])
+def test_one_trace_per_compile_and_none_for_new_values(batch_size, key):
+    loss, traces = counted_loss()
+    for seed in range(3):
+        op = hj.hvp(loss, batch_size=batch_size)(*regression(seed))
+        hj.eigsh(op, 2, key, which="LA", tol=1e-3 / (1 + seed))
+        assert len(traces) <= 2
+    solve = jax.jit(lambda *args: hj.eigsh(hj.hvp(loss, batch_size=batch_size)(*args), 2, key, which="LA", tol=1e-3))
+    before = len(traces)
+    for seed in range(3):
+        solve(*regression(seed))
+        assert len(traces) - before <= 2
+
+
+def test_compiled_program_is_self_contained(key):
+    loss, _ = counted_loss()
+    arguments = regression(0, n=3000)
+    solve = jax.jit(lambda *args: hj.eigsh(hj.hvp(loss)(*args), 2, key, which="LA", tol=1e-3))
+    lowered = solve.lower(*arguments)
+    text = lowered.as_text()
+    for word in ("callback", "infeed", "outfeed"):
+        assert word not in text.replace("lapack", "")
+    assert text.count("stablehlo.tanh") == 1  # one copy of the product
+    # 60,000 numbers of data as a constant would be a quarter of a megabyte of text.
+    assert len(text) < 900_000
+    compiled = lowered.compile()
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(compiled(*arguments))
+
+
+def test_eager_solve_moves_nothing_between_host_and_device(key):
+    loss, _ = counted_loss()
+    op = hj.hvp(loss)(*regression(0))
+    hj.eigsh(op, 2, key, which="LA", tol=1e-3)
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(hj.eigsh(op, 2, key, which="LA", tol=1e-3))
+
+
+def test_same_key_same_bits(key):
+    op = Diagonal(jnp.linspace(-1.0, 1.0, N))
+    first, second = (hj.eigsh(op, 3, key, which="LA", tol=1e-4) for _ in range(2))
+    assert all(bool(jnp.array_equal(a, b)) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))

@@ -1,0 +1,81 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Diagonal, Matrix
+
+import hessjax as hj
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal((6, 6)) for _ in range(2))
+    return jnp.asarray(first + first.T, jnp.float32), jnp.asarray(second + second.T, jnp.float32)
+
+
+def test_arithmetic_is_that_of_the_matrices(pair):
+    first, second = pair
+    a, b = Matrix(first), Matrix(second)
+    combination = (2 * a - b / 4 + a * 0.5).shift(-3.0)
+    np.testing.assert_allclose(combination.dense(), 2.5 * first - second / 4 - 3 * jnp.eye(6), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose((-a) @ jnp.ones(6), -first @ jnp.ones(6), rtol=1e-5)
+    np.testing.assert_allclose((np.float32(2) * a).dense(), 2 * first, rtol=1e-6)
+    np.testing.assert_allclose((jnp.array(2.0) * a).dense(), 2 * first, rtol=1e-6)
+
+
+def test_arithmetic_keeps_the_dtype(pair, x64):
+    a = Matrix(pair[0])
+    for op in (2 * a, a / jnp.array(3.0), a.shift(jnp.array(0.1)), np.float64(2) * a):
+        assert (op @ jnp.ones(6, jnp.float32)).dtype == jnp.float32
+
+
+def test_dense_of_a_pytree_is_in_ravel_order():
+    like = {"b": jnp.zeros((2, 2)), "a": [jnp.zeros(()), jnp.zeros((0,)), jnp.zeros(3)]}
+    scale = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) + leaf.size, like)
+    op = hj.operator(lambda v: jax.tree.map(jnp.multiply, scale, v), like)
+    flat = jax.flatten_util.ravel_pytree(scale)[0]
+    np.testing.assert_allclose(op.dense(), jnp.diag(flat))
+    assert op.size == 8
+
+
+def test_closed_over_arrays_are_leaves():
+    data = jnp.arange(3.0)
+    op = hj.operator(lambda v: data * v, data)
+    assert any(leaf.shape == (3,) for leaf in jax.tree.leaves(op))
+
+
+def test_structure_is_checked():
+    op = Diagonal(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
+        op(jnp.ones(4))
+    with pytest.raises(ValueError, match="structure"):
+        op({"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match="one structure"):
+        op + Diagonal(jnp.ones(4))
+    with pytest.raises(ValueError, match=r"matvec\(v\)"):
+        hj.operator(lambda v: v[:2], jnp.ones(3))
+
+
+@pytest.mark.parametrize("leaf", [jnp.arange(3), jnp.ones(3, complex), jnp.ones(3, bool), "text"])
+def test_leaves_that_are_not_floats_are_refused_with_their_path(leaf):
+    with pytest.raises(TypeError, match=r"\['x'\]\[1\].*eqx.partition"):
+        hj.operator(lambda v: v, {"x": [jnp.zeros(2), leaf]})
+
+
+def test_lineax_operators_are_accepted(key):
+    class Like:
+        def mv(self, v):
+            return 3 * v
+
+        def in_structure(self):
+            return jax.ShapeDtypeStruct((4,), jnp.float32)
+
+    np.testing.assert_allclose(hj.eigsh(Like(), 1, key).eigenvalues, [3.0], rtol=1e-6)
+
+
+def test_scalars_only():
+    with pytest.raises(TypeError):
+        Diagonal(jnp.ones(3)) * jnp.ones(3)
+    with pytest.raises(TypeError):
+        Diagonal(jnp.ones(3)) + 1.0

@@ -1,0 +1,89 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import cross_entropy, digits_model, mlp, mlp_params
+
+import hessjax as hj
+
+
+def linear(params, x):
+    return params["w"] @ x + params["b"]
+
+
+PARAMS = {"w": [[1.0, 2.0], [0.5, -1.0]], "b": [0.1, 0.2]}
+DATA = ([[1.0, 2.0], [3.0, 4.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]])
+
+
+def squared(output, target):
+    return jnp.sum((output - target) ** 2)
+
+
+def test_nested_lists_become_arrays():
+    model = hj.Model(PARAMS, DATA, linear, squared)
+    assert model.params["w"].shape == (2, 2)
+    assert model.outputs().shape == (3, 2)
+    np.testing.assert_allclose(model.outputs()[0], [5.1, -1.3], rtol=1e-6)
+
+
+def test_hessian_is_the_mean_over_examples(x64):
+    model = hj.Model(PARAMS, DATA, linear, squared)
+    x = np.array(DATA[0])
+    for batch_size in (None, 1, 2):
+        dense = model.hessian(batch_size=batch_size).dense()
+        np.testing.assert_allclose(dense[2:, 2:], np.kron(np.eye(2), 2 * x.T @ x / 3), atol=1e-12)
+
+
+def test_batched_forward_is_equal(x64):
+    single = digits_model(mlp_params(jax.random.key(0)), 50)
+    batch = hj.Model(single.params, single.data, mlp, cross_entropy, batched=True)
+    v = jax.tree.map(jnp.ones_like, single.params)
+    for a, b in zip(jax.tree.leaves(single.hessian()(v)), jax.tree.leaves(batch.hessian()(v)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+    np.testing.assert_allclose(single.loss_value(), batch.loss_value(), rtol=1e-13)
+
+
+def test_a_model_is_an_argument_of_jit():
+    model = hj.Model(PARAMS, DATA, linear, squared)
+    loss = jax.jit(lambda params, data: hj.Model(params, data, linear, squared).loss_value())
+    np.testing.assert_allclose(loss(model.params, model.data), model.loss_value(), rtol=1e-6)
+
+
+def test_verify_accepts_itself_and_names_the_largest_difference():
+    model = hj.Model(PARAMS, DATA, linear, squared)
+    model.verify(model.outputs(), float(model.loss_value()), model.gradient())
+    outputs = np.array(model.outputs())
+    outputs[2, 1] += 0.5
+    with pytest.raises(ValueError, match=r"outputs.*0\.5 at \(2, 1\).*tolerance 0\.0001.*eval"):
+        model.verify(outputs=outputs)
+    gradient = jax.tree.map(np.array, model.gradient())
+    gradient["b"][0] *= 2
+    with pytest.raises(ValueError, match=r"gradient\['b'\].*\(0,\)"):
+        model.verify(gradient=gradient)
+    with pytest.raises(ValueError, match="loss"):
+        model.verify(loss=2 * model.loss_value())
+    with pytest.raises(ValueError, match="nan|inf"):
+        model.verify(loss=float("nan"))
+    with pytest.raises(ValueError, match="shape"):
+        model.verify(outputs=outputs[:2])
+    with pytest.raises(ValueError, match="something to compare"):
+        model.verify()
+
+
+def test_bad_data_is_refused():
+    with pytest.raises(ValueError, match=r"'\[0\]': 3|3.*2"):
+        hj.Model(PARAMS, (DATA[0], DATA[1][:2]), linear, squared)
+    with pytest.raises(ValueError, match="pair"):
+        hj.Model(PARAMS, DATA[0][0], linear, squared)
+    with pytest.raises(ValueError, match="ragged"):
+        hj.Model({"w": [[1.0], [1.0, 2.0]]}, DATA, linear, squared)
+    with pytest.raises(TypeError, match=r"\['step'\]"):
+        hj.Model({"w": jnp.ones(2), "step": jnp.array(3)}, DATA, linear, squared)
+
+
+def test_optax_losses_fit(x64):
+    model = hj.Model({"w": jnp.ones(2)}, (jnp.ones((3, 2)), jnp.zeros(3)), lambda p, x: p["w"] @ x, optax.losses.l2_loss)
+    np.testing.assert_allclose(model.loss_value(), 2.0)
+    with pytest.raises(ValueError, match=r"scalar, got shape \(2,\)"):
+        hj.Model(PARAMS, DATA, linear, optax.losses.l2_loss).loss_value()
