@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hessjax._vectors import as_vector, draw, epsilon, inner, scalar_dtype, size_of
+from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._memory import default_ncv
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
@@ -181,20 +182,19 @@ def _solve(
         else:
             block = packing.pack(start, batch=1)
         iteration = Iteration(packed, plan, tol, key)
-        state = iteration.run(iteration.init(block))
-        values, vectors, residuals, converged, num_matvecs = _finish(iteration, state)
+        values, vectors, residuals, converged, num_matvecs = _finish(iteration, *iteration.run(block))
         vectors = packing.unpack(_fix_signs(vectors), batch=1)
     values = _differentiable(op, values, vectors)
     return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, num_matvecs)
 
 
-def _finish(iteration: Iteration, state: State) -> tuple[Array, PyTree, Array, Array, Array]:
+def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, PyTree, Array, Array, Array]:
     """The wanted Ritz pairs of a state, and which of them may be called converged."""
     verdict, ritz = iteration.judge(state), state.ritz
     wanted = verdict.wanted
     exist = ritz.live[wanted] & (state.status != BROKEN)
     values = jnp.where(ritz.live[wanted], ritz.values[wanted], jnp.nan)
-    vectors = state.basis.combine(ritz.vectors[:, wanted], state.live)
+    vectors = basis.combine(ritz.vectors[:, wanted], state.live)
     good = exist & (verdict.residuals <= verdict.bounds)
     # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
     edge = state.order[iteration.plan.k - 1]

@@ -65,9 +65,8 @@ class Plan(eqx.Module):
 
 
 class State(eqx.Module):
-    """Where the iteration stands. See the invariants above."""
+    """Where the iteration stands, apart from the basis itself. See the invariants above."""
 
-    basis: Basis
     vector: PyTree
     target: Int[Array, ""]
     projected: Float[Array, "rows rows"]
@@ -94,8 +93,9 @@ class State(eqx.Module):
 
 
 class Turn(eqx.Module):
-    """Within a step: a vector on its way into the state. Phases are IMAGE, PROBE, ROW and DONE."""
+    """Within a step: a vector on its way into the basis. Phases are IMAGE, PROBE, ROW and DONE."""
 
+    basis: Basis
     state: State
     incoming: PyTree
     phase: Int[Array, ""]
@@ -113,7 +113,7 @@ class Iteration(eqx.Module):
     def eps(self) -> float:
         return epsilon(self.op.structure)
 
-    def init(self, start: PyTree[Float[Array, "b ..."]]) -> State:
+    def init(self, start: PyTree[Array]) -> tuple[Basis, State]:
         """Frontier rows from the orthonormalised start block, leaving out what depends on earlier ones."""
         structure = self.op.structure
         dtype = scalar_dtype(structure)
@@ -132,8 +132,7 @@ class Iteration(eqx.Module):
         empty, integer = Basis.zeros(structure, rows), jnp.zeros((), jnp.int32)
         basis, count = lax.fori_loop(0, block, fill, (empty, integer))
         zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
-        return State(
-            basis=basis,
+        state = State(
             vector=basis.row(integer),
             target=integer,
             projected=jnp.zeros((rows, rows), dtype),
@@ -150,10 +149,13 @@ class Iteration(eqx.Module):
             num_matvecs=integer,
             status=integer,
         )
+        return basis, state
 
-    def run(self, state: State) -> State:
-        """Steps until the status is no longer RUNNING."""
-        return lax.while_loop(lambda state: state.status == RUNNING, lambda state: self.step(state), state)
+    def run(self, start: PyTree[Array]) -> tuple[Basis, State]:
+        """Steps from a start block until the status is no longer RUNNING."""
+        return lax.while_loop(
+            lambda carry: carry[1].status == RUNNING, lambda carry: self.step(*carry), self.init(start)
+        )
 
     def noise(self, state: State) -> Scalar:
         """The norm of a product's error: rounding, or what the asymmetry of qᵢᵀAqⱼ betrays, whichever is larger.
@@ -170,13 +172,13 @@ class Iteration(eqx.Module):
         which, k, noise = self.plan.which, self.plan.k, self.noise(state)
         return judge(state.ritz, state.order, which, k, self.tol, state.scale, noise, self.eps)
 
-    def step(self, state: State) -> State:
+    def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""
-        turn = Turn(state, self.op.product(state.vector), jnp.asarray(IMAGE))
+        turn = Turn(basis, state, self.op.product(state.vector), jnp.asarray(IMAGE))
         turn = lax.while_loop(lambda turn: turn.phase != DONE, lambda turn: self._absorb(turn), turn)
-        state = self._restart(turn.state)
-        vector = lax.cond(state.probe.active, lambda: turn.incoming, lambda: state.basis.row(state.target))
-        return dataclasses.replace(state, vector=vector)
+        basis, state = self._restart(turn.basis, turn.state)
+        vector = lax.cond(state.probe.active, lambda: turn.incoming, lambda: basis.row(state.target))
+        return basis, dataclasses.replace(state, vector=vector)
 
     def _absorb(self, turn: Turn) -> Turn:
         """Orthogonalizes what comes in, the product's image or a new direction, and decides what it means."""
@@ -184,15 +186,14 @@ class Iteration(eqx.Module):
         probing = jnp.where(image, state.probe.active, turn.phase == PROBE)
         lift = jnp.where(image, state.probe.lift(state.ritz), 0)
         remove = jnp.where(probing, state.expanded, state.live)
-        coefficients, rest, left = state.basis.orthogonalize(turn.incoming, state.live, remove, lift)
+        coefficients, rest, left = turn.basis.orthogonalize(turn.incoming, state.live, remove, lift)
         unit = divide(rest, left)
-        bare = dataclasses.replace(state, basis=None)
-        bare, row, incoming, phase = lax.cond(
+        state, row, incoming, phase = lax.cond(
             image,
-            lambda: self._after_product(bare, turn.incoming, coefficients, lift, rest, left, unit),
-            lambda: self._after_direction(bare, turn.phase, coefficients, left, unit),
+            lambda: self._after_product(state, turn.incoming, coefficients, lift, rest, left, unit),
+            lambda: self._after_direction(state, turn.phase, coefficients, left, unit),
         )
-        return Turn(dataclasses.replace(bare, basis=state.basis.set_row(row, unit)), incoming, phase)
+        return Turn(turn.basis.set_row(row, unit), state, incoming, phase)
 
     def _after_product(
         self, state: State, image: PyTree, coefficients: Array, lift: Array, rest: PyTree, left: Scalar, unit: PyTree
@@ -319,7 +320,7 @@ class Iteration(eqx.Module):
         couplings = jnp.where(verdict.unsettled, state.ritz.couplings[:, verdict.wanted], 0) / _nonzero(state.scale)
         return jnp.where(state.frontier, jnp.sum(jnp.square(couplings), axis=1), -1)
 
-    def _restart(self, state: State) -> State:
+    def _restart(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Compresses a full basis to the better Ritz vectors and the frontier, or gives up after `maxiter`."""
         rows, position = state.expanded.size, jnp.arange(state.expanded.size)
         full = (state.status == RUNNING) & ~state.probe.active & self._full(state)
@@ -337,7 +338,6 @@ class Iteration(eqx.Module):
         compressed = Ritz(values, jnp.diag(chosen.astype(values.dtype)), couplings, keep.astype(jnp.int32))
         small = dataclasses.replace(
             state,
-            basis=None,
             projected=jnp.diag(values) + couplings + couplings.T,
             expanded=chosen,
             count=(keep + jnp.sum(frontier)).astype(jnp.int32),
@@ -347,12 +347,8 @@ class Iteration(eqx.Module):
             seeded=jnp.zeros((), bool),
             restarts=state.restarts + 1,
         )
-        chosen_state = select(when, small, dataclasses.replace(state, basis=None))
-        return dataclasses.replace(
-            chosen_state,
-            basis=state.basis.rotate(transform, when),
-            status=jnp.where(full & spent, EXHAUSTED, state.status),
-        )
+        status = jnp.where(full & spent, EXHAUSTED, state.status)
+        return basis.rotate(transform, when), dataclasses.replace(select(when, small, state), status=status)
 
 
 def _nonzero(x: Array) -> Array:
