@@ -81,7 +81,9 @@ def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: 
         return solve
 
     # The smallest of a few leading sizes that holds the rows in use: the cost follows them.
-    smallest = jnp.sum(jnp.array(sizes) < jnp.sum(expanded | frontier))
+    # Comparisons with numbers, since a constant array would be batched with its branch, which custom_vmap refuses.
+    in_use = jnp.sum(expanded | frontier)
+    smallest = sum(((in_use > size).astype(jnp.int32) for size in sizes[:-1]), jnp.zeros((), jnp.int32))
     return lax.cond(when, lambda: lax.switch(smallest, [solver(size) for size in sizes]), lambda: old)
 
 
