@@ -1,10 +1,15 @@
-"""Functions as pytrees: their arrays are leaves, and everything else is static."""
+"""Functions as pytrees: their arrays are leaves, and everything else is static. And the checks of plain arguments."""
 
+import operator as builtin
+import types
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 
 
 class Function(eqx.Module):
@@ -37,3 +42,57 @@ def as_function(function: Callable[..., Any]) -> Function:
     arrays = tuple(leaf if eqx.is_array(leaf) else None for leaf in leaves)
     rest = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
     return Function(arrays, rest, treedef)
+
+
+def closes_over_tracers(function: Any) -> bool:
+    """Whether a function, or one that it refers to, closes over an array that is being traced."""
+    seen: set[int] = set()
+
+    def holds(value: Any) -> bool:
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
+        if isinstance(value, Tracer):
+            return True
+        if isinstance(value, Function):
+            return any(holds(leaf) for leaf in value.rest)
+        if isinstance(value, types.MethodType):
+            return holds(value.__self__) or holds(value.__func__)
+        if isinstance(value, types.FunctionType):
+            cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+            return any(holds(item) for item in (*cells, *(value.__defaults__ or ())))
+        if hasattr(value, "__wrapped__"):
+            return holds(value.__wrapped__)
+        leaves = jtu.tree_leaves(value)
+        return any(holds(leaf) for leaf in leaves if leaf is not value)
+
+    return holds(function)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable that is not assigned yet
+        return False
+
+
+def as_integer(name: str, value: Any) -> int:
+    """`value` as a Python integer.
+
+    Raises:
+        TypeError: it is none, or not known while tracing.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return builtin.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(f"`{name}` must be an integer known at compile time, got {value!r}.") from None
+
+
+def check_key(key: Any, caller: str) -> None:
+    """Raises TypeError unless `key` is None or a JAX random key."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == "uint32"
+    if key is not None and not typed and not raw:
+        raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got {key!r}.")

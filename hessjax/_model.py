@@ -69,7 +69,9 @@ class Model(eqx.Module):
         if not isinstance(data, tuple | list) or len(data) != 2 or _is_number(data[0]):
             what = f"{len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
             raise ValueError(f"`data` must be the pair `(inputs, targets)`, got {what}.")
-        inputs, targets = (_to_jax(_join_lists(part, name)) for part, name in zip(data, ("inputs", "targets"), strict=True))
+        inputs, targets = (
+            _to_jax(_join_lists(part, name)) for part, name in zip(data, ("inputs", "targets"), strict=True)
+        )
         self.data = (inputs, targets)
         count_examples(self.data)
         self.forward = as_function(forward)
@@ -127,11 +129,11 @@ class Model(eqx.Module):
         if outputs is None and loss is None and gradient is None:
             raise ValueError("`verify` needs something to compare with: `outputs`, `loss` or `gradient`.")
         if outputs is not None:
-            _compare("outputs", self.outputs(), _join_lists(outputs, "outputs"), rtol)
+            _compare("outputs", self.params, self.outputs(), _join_lists(outputs, "outputs"), rtol)
         if loss is not None:
-            _compare("loss", self.loss_value(), loss, rtol)
+            _compare("loss", self.params, self.loss_value(), loss, rtol)
         if gradient is not None:
-            _compare("gradient", self.gradient(), _join_lists(gradient, "gradient"), rtol)
+            _compare("gradient", self.params, self.gradient(), _join_lists(gradient, "gradient"), rtol)
 
 
 class _MeanLoss(eqx.Module):
@@ -180,7 +182,7 @@ def _join_lists(tree: PyTree, name: str) -> PyTree:
             array = np.asarray(node)
         except ValueError as error:
             where = jtu.keystr(path) or "the root"
-            raise ValueError(f"The nested list at `{where}` of `{name}` is ragged and makes no array: {error}") from None
+            raise ValueError(f"The nested list at `{where}` of `{name}` is ragged: {error}") from None
         return array.astype(jnp.result_type(float)) if array.dtype.kind == "f" or name == "params" else array
 
     return jtu.tree_map_with_path(join, tree, is_leaf=_is_number_list)
@@ -191,27 +193,30 @@ def _to_jax(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, tree)
 
 
-def _compare(name: str, ours: PyTree, expected: PyTree, rtol: float | None) -> None:
+def _compare(name: str, params: PyTree, ours: PyTree, expected: PyTree, rtol: float | None) -> None:
     if jtu.tree_structure(ours) != jtu.tree_structure(expected):
         raise ValueError(
             f"`{name}` must have the structure {jtu.tree_structure(ours)}, got {jtu.tree_structure(expected)}."
         )
     worst: tuple[float, str] | None = None
+    sizes = [np.max(np.abs(np.asarray(leaf, np.float64)), initial=0) for leaf in jtu.tree_leaves(expected)]
+    overall = float(max(sizes, default=0)) or 1.0
     pairs = zip(jtu.tree_leaves_with_path(ours), jtu.tree_leaves(expected), strict=True)
     for (path, leaf), other in pairs:
         place = f"`{name}{jtu.keystr(path)}`"
         if jnp.shape(leaf) != np.shape(other):
             raise ValueError(f"{place} must have shape {jnp.shape(leaf)}, got {np.shape(other)}.")
-        dtypes = [np.asarray(leaf).dtype, np.asarray(other).dtype]
-        single = any(dtype.kind == "f" and dtype.itemsize < 8 or dtype.name == "bfloat16" for dtype in dtypes)
+        dtypes = [np.asarray(leaf).dtype, np.asarray(other).dtype, *(x.dtype for x in jtu.tree_leaves(params))]
+        single = any(dtype.name == "bfloat16" or (dtype.kind == "f" and dtype.itemsize < 8) for dtype in dtypes)
         tolerance = (1e-4 if single else 1e-8) if rtol is None else rtol
         mine, theirs = np.asarray(leaf, np.float64), np.asarray(other, np.float64)
         if mine.size == 0:
             continue
         gap = np.abs(mine - theirs)
-        peak = float(np.max(np.abs(theirs)))
+        # A leaf that should be zero is measured against what the others of its kind amount to.
+        peak = float(np.max(np.abs(theirs))) or overall
         finite = bool(np.all(np.isfinite(gap)))
-        relative = float(np.max(gap)) / (peak or 1.0) if finite else np.inf
+        relative = float(np.max(gap)) / peak if finite else np.inf
         if relative > tolerance and (worst is None or relative > worst[0]):
             at = np.unravel_index(int(np.argmax(np.where(np.isfinite(gap), gap, np.inf))), gap.shape)
             index = tuple(int(i) for i in at)

@@ -24,7 +24,7 @@ def structure_of(vector: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """
 
     def describe(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
-        if isinstance(leaf, float | np.floating) and not hasattr(leaf, "shape"):
+        if isinstance(leaf, float) and not isinstance(leaf, np.floating):
             return jax.ShapeDtypeStruct((), jnp.result_type(float))
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
@@ -99,18 +99,18 @@ def norm(x: PyTree) -> Scalar:
 
 
 def divide(x: PyTree, by: Scalar) -> PyTree:
-    """x / by, and zero where `by` is zero."""
+    """Scales to x / by, and zero where `by` is zero."""
     safe = jnp.where(by == 0, 1, by)
     return jtu.tree_map(lambda leaf: jnp.where(by == 0, 0, leaf / safe).astype(leaf.dtype), x)
 
 
 def subtract(x: PyTree, scalar: Scalar, y: PyTree) -> PyTree:
-    """x - scalar · y, in x's dtypes."""
+    """Computes x - scalar · y, in x's dtypes."""
     return jtu.tree_map(lambda a, b: (a - scalar * b).astype(a.dtype), x, y)
 
 
 def select(predicate: Array, x: PyTree, y: PyTree) -> PyTree:
-    """x where the scalar `predicate` holds, else y."""
+    """Chooses x where the scalar `predicate` holds, else y."""
     return jtu.tree_map(lambda a, b: jnp.where(predicate, a, b), x, y)
 
 

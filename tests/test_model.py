@@ -63,7 +63,7 @@ def test_verify_accepts_itself_and_names_the_largest_difference():
         model.verify(gradient=gradient)
     with pytest.raises(ValueError, match="loss"):
         model.verify(loss=2 * model.loss_value())
-    with pytest.raises(ValueError, match="nan|inf"):
+    with pytest.raises(ValueError, match=r"nan|inf"):
         model.verify(loss=float("nan"))
     with pytest.raises(ValueError, match="shape"):
         model.verify(outputs=outputs[:2])
@@ -83,7 +83,9 @@ def test_bad_data_is_refused():
 
 
 def test_optax_losses_fit(x64):
-    model = hj.Model({"w": jnp.ones(2)}, (jnp.ones((3, 2)), jnp.zeros(3)), lambda p, x: p["w"] @ x, optax.losses.l2_loss)
+    model = hj.Model(
+        {"w": jnp.ones(2)}, (jnp.ones((3, 2)), jnp.zeros(3)), lambda p, x: p["w"] @ x, optax.losses.l2_loss
+    )
     np.testing.assert_allclose(model.loss_value(), 2.0)
     with pytest.raises(ValueError, match=r"scalar, got shape \(2,\)"):
         hj.Model(PARAMS, DATA, linear, optax.losses.l2_loss).loss_value()

@@ -95,7 +95,9 @@ class Basis(eqx.Module):
 
         def visit(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
             parts = jtu.tree_map(
-                lambda rows, x: contract(rows, x, (tuple(range(1, rows.ndim)), tuple(range(x.ndim))), dtype), block, vector
+                lambda rows, x: contract(rows, x, (tuple(range(1, rows.ndim)), tuple(range(x.ndim))), dtype),
+                block,
+                vector,
             )
             coefficients = sum(jtu.tree_leaves(parts), jnp.zeros(remove.shape, dtype))
             change = add - jnp.where(remove, coefficients, 0)
@@ -103,7 +105,7 @@ class Basis(eqx.Module):
                 lambda rows, x: (x + contract(change, rows, (0, 0), dtype)).astype(x.dtype), block, vector
             )
 
-        def skip(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+        def skip(_block: PyTree, vector: PyTree, remove: Array, _add: Array) -> tuple[Array, PyTree]:
             return jnp.zeros(remove.shape, dtype), vector
 
         add = jnp.zeros(read.shape, dtype) if add is None else add
@@ -134,7 +136,7 @@ class Basis(eqx.Module):
         extra = nothing if add is None else add
 
         def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
-            coefficients, vector, left, earlier = carry
+            coefficients, vector, left, _ = carry
             change, vector = self.project(vector, read, remove, jnp.where(first, extra, 0))
             coefficients = coefficients + jnp.where(first | remove, change, 0)
             return (coefficients, vector, norm(vector), left), None
@@ -161,9 +163,8 @@ class Basis(eqx.Module):
 
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             here = slice(start, start + rows)
-            out = lax.cond(
-                jnp.any(read[here]), accumulate, lambda block, out, weights: out, block, out, weights[here]
-            )
+            used = jnp.any(read[here])
+            out = lax.cond(used, accumulate, lambda _block, out, _weights: out, block, out, weights[here])
             start += rows
         return out
 

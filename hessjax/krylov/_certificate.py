@@ -75,6 +75,7 @@ class Probe(eqx.Module):
         polynomial, previous: p_j and p_(j-1) at both points.
         mass: Σ p_i² up to j, at both points.
         steps: j.
+        spent: products of all runs so far.
         beta: the off-diagonal coefficient between z_(j-1) and z_j.
         overlap, last_overlap: Fᵀz_j and Fᵀz_(j-1), in the coordinates of all rows.
         last: z_(j-1).
@@ -90,6 +91,7 @@ class Probe(eqx.Module):
     previous: Float[Array, " 2"]
     mass: Float[Array, " 2"]
     steps: Int[Array, ""]
+    spent: Int[Array, ""]
     beta: Scalar
     overlap: Float[Array, " rows"]
     last_overlap: Float[Array, " rows"]
@@ -101,7 +103,7 @@ class Probe(eqx.Module):
         """No run under way, and nothing proved. `zero` is the zero vector."""
         scalar, two, row = jnp.zeros((), dtype), jnp.zeros(2, dtype), jnp.zeros(rows, dtype)
         no, none, integer = jnp.zeros((), bool), jnp.zeros(2, bool), jnp.zeros((), jnp.int32)
-        return cls(no, none, integer, two, none, two, two, two, integer, scalar, row, row, zero, zero)
+        return cls(no, none, integer, two, none, two, two, two, integer, integer, scalar, row, row, zero, zero)
 
     @property
     def alarm(self) -> Bool[Array, ""]:
@@ -116,6 +118,7 @@ class Probe(eqx.Module):
         remaining = jnp.isfinite(thresholds) & ~self.proved
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
         gaps = signs * thresholds - jnp.max(jnp.where(unwanted, signs[:, None] * ritz.values, -jnp.inf), axis=1)
+        gaps = jnp.minimum(gaps, jnp.finfo(gaps.dtype).max)  # infinite where every Ritz value is wanted
         side = jnp.argmin(jnp.where(remaining, gaps, jnp.inf)).astype(jnp.int32)
         points = jnp.where(jnp.isfinite(thresholds), thresholds, 0)
         distance = _frobenius(_self_energy(ritz, points[HIGH]) - _self_energy(ritz, points[LOW]))
@@ -160,9 +163,7 @@ class Probe(eqx.Module):
         """
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
         alpha = inner(z, image)
-        image = jtu.tree_map(
-            lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last
-        )
+        image = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
         beta = norm(image)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
         value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous
@@ -180,6 +181,7 @@ class Probe(eqx.Module):
             previous=self.polynomial,
             mass=mass,
             steps=self.steps + 1,
+            spent=self.spent + 1,
             beta=beta,
             overlap=following,
             last_overlap=self.overlap,

@@ -7,15 +7,15 @@ from jax import lax
 from jaxtyping import Array, PyTree, Scalar
 
 from hessjax._vectors import epsilon, size_of
-from hessjax.krylov._projected import preference
+from hessjax.krylov._projected import neighbour_gaps, preference
 from hessjax.operators._operator import Operator
 
 
-def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Array, PyTree, Array, Array, Array]:
+def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Array, PyTree, Array, Array, Array, Array]:
     """The k wanted pairs of the symmetric part, with their residuals against the operator itself.
 
     Returns:
-        eigenvalues, eigenvectors (leading axis k), residuals, converged, num_matvecs = n.
+        eigenvalues, eigenvectors (leading axis k), residuals, converged, gaps, num_matvecs = n.
     """
     matrix, n, eps = op.dense(), op.size, epsilon(op.structure)
     peak = jnp.max(jnp.abs(matrix))
@@ -23,6 +23,7 @@ def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Arr
     matrix = matrix / unit
     values, vectors = _eigh((matrix + matrix.T) / 2)
     wanted = jnp.sort(preference(values, jnp.ones(n, bool), which)[:k])
+    gaps = neighbour_gaps(values, jnp.ones(n, bool))[wanted]
     values, vectors = values[wanted], vectors[:, wanted]
     image = jnp.matmul(matrix, vectors, precision=lax.Precision.HIGHEST)
     scale = jnp.max(jnp.abs(values), initial=0) + jnp.linalg.norm(matrix) * eps
@@ -37,7 +38,8 @@ def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Arr
         parts.append(rows.reshape(k, *leaf.shape).astype(leaf.dtype))
         start += size_of(leaf)
     converged = (residuals <= bounds) & jnp.isfinite(values)
-    return values * unit, treedef.unflatten(parts), residuals * unit, converged, jnp.asarray(n, jnp.int32)
+    count = jnp.asarray(n, jnp.int32)
+    return values * unit, treedef.unflatten(parts), residuals * unit, converged, gaps * unit, count
 
 
 @jax.custom_batching.sequential_vmap

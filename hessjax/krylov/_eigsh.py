@@ -1,21 +1,24 @@
 """`eigsh`: the door to the eigensolvers, with SciPy's words and meanings."""
 
 import math
-import operator as builtin
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from hessjax._vectors import as_vector, draw, epsilon, inner, scalar_dtype, size_of
+from hessjax._function import as_integer, check_key
+from hessjax._vectors import as_vector, draw, inner, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._memory import default_ncv
+from hessjax.krylov._projected import neighbour_gaps
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
@@ -33,6 +36,8 @@ class Eigenpairs(eqx.Module):
             largest magnitude is positive. Constants under differentiation.
         residuals: (k,), ‖Av - λv‖, absolute; never reported below the noise of one product.
         converged: (k,). If all are true, these are the pairs that `which` asks for.
+        gaps: (k,), the distance from each eigenvalue to the nearest other one that was seen, wanted or not. Where it
+            does not exceed the residuals, the eigenvalue may be repeated: see `simple`.
         num_matvecs: products spent, checks included.
     """
 
@@ -40,19 +45,29 @@ class Eigenpairs(eqx.Module):
     eigenvectors: PyTree[Float[Array, "k ..."]] | None
     residuals: Float[Array, " k"]
     converged: Bool[Array, " k"]
+    gaps: Float[Array, " k"]
     num_matvecs: Int[Array, ""]
+
+    @property
+    def simple(self) -> Bool[Array, " k"]:
+        """(k,): which eigenvalues are known to be simple, so that their own derivative exists.
+
+        An eigenvalue's true gap is within its own and its neighbour's residual of the one that was seen; here the gap
+        must exceed ten residuals.
+        """
+        return self.gaps > 10 * jnp.max(self.residuals)
 
 
 def eigsh(
     op: Operator | Any,
-    k: int = 6,
-    key: PRNGKeyArray | None = None,
+    k: Any = 6,
+    key: Any = None,
     *,
     which: str = "LM",
     v0: PyTree | Eigenpairs | None = None,
-    ncv: int | None = None,
-    maxiter: int | None = None,
-    tol: float = 0.0,
+    ncv: Any = None,
+    maxiter: Any = None,
+    tol: Any = 0.0,
     return_eigenvectors: bool = True,
     like: PyTree | None = None,
 ) -> Eigenpairs:
@@ -63,8 +78,9 @@ def eigsh(
     another copy of a repeated one. Up to n = 256, unless `v0`, `ncv` or `maxiter` is given, it forms the matrix.
 
     Works inside `jit`, `vmap`, `scan` and `grad`. Derivatives of a simple eigenvalue are ∂λ = vᵀ (∂A) v, in forward and
-    reverse mode; of a repeated one they depend on the basis of its eigenspace, and only symmetric functions of all its
-    copies, such as their sum, are differentiable. Eigenvectors are constants.
+    reverse mode. Those of a repeated one (`simple` False) depend on the basis of its eigenspace: there only symmetric
+    functions of all its copies, such as their sum, are differentiable. Second derivatives are refused. Eigenvectors are
+    constants.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -102,17 +118,17 @@ def eigsh(
     """
     op = as_operator(op, like)
     n = op.size
-    k = _integer("k", k)
+    k = as_integer("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"`eigsh` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
     if which not in WHICH:
         raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-    if not isinstance(tol, jax.core.Tracer) and not 0 <= float(tol) < math.inf:
-        raise ValueError(f"`tol` must be a finite number of at least 0, got {tol}. 0 asks for what the dtype allows.")
-    if maxiter is not None and (maxiter := _integer("maxiter", maxiter)) < 1:
+    tol = _tolerance(tol, op)
+    if maxiter is not None and (maxiter := as_integer("maxiter", maxiter)) < 1:
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
-    if ncv is not None and not (k < (ncv := _integer("ncv", ncv)) <= n or k == ncv == n):
+    if ncv is not None and not (k < (ncv := as_integer("ncv", ncv)) <= n or k == ncv == n):
         raise ValueError(f"`ncv` must be above `k` = {k} and at most {n}, the operator's size, got {ncv}.")
+    check_key(key, "eigsh")
     start = _start_block(op, key, v0)
     if n <= _DENSE_SIZE and start is None and ncv is None and maxiter is None:
         plan = None
@@ -120,16 +136,18 @@ def eigsh(
         ncv = default_ncv(op.structure, k) if ncv is None else ncv
         maxiter = max(10, -(-10 * n // ncv)) if maxiter is None else maxiter
         plan = Plan(which, k, ncv, maxiter, random_start=start is None)
-    # Committed to the device explicitly: a new tolerance compiles nothing, and no transfer guard objects.
-    tol = tol if isinstance(tol, jax.Array) else jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
     return _solve(op, start, key, tol, which, k, plan, Packing.of(op.like), return_eigenvectors)
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        return builtin.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` must be an integer known at compile time, got {value!r}.") from None
+def _tolerance(tol: Any, op: Operator) -> Float[Array, ""]:
+    """`tol` as an array, so that a new one compiles nothing; put on the device explicitly, for transfer guards."""
+    if not eqx.is_array_like(tol) or jnp.ndim(tol) != 0 or jnp.iscomplexobj(tol):
+        raise ValueError(f"`tol` must be a number, got {tol!r}.")
+    if isinstance(tol, Tracer):
+        return tol.astype(scalar_dtype(op.structure))
+    if not 0 <= float(tol) < math.inf:
+        raise ValueError(f"`tol` must be a finite number of at least 0, got {tol}. 0 asks for what the dtype allows.")
+    return jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
 
 
 def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs | None) -> PyTree | None:
@@ -140,7 +158,7 @@ def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs
         return None
     if isinstance(v0, Eigenpairs):
         if v0.eigenvectors is None:
-            raise ValueError("`v0` is an `Eigenpairs` without eigenvectors. Compute it with `return_eigenvectors=True`.")
+            raise ValueError("`v0` has no eigenvectors: it was computed with `return_eigenvectors=False`.")
         v0 = v0.eigenvectors
     structure = op.structure
     first = next(iter(jtu.tree_leaves(v0)), None)
@@ -171,24 +189,24 @@ def _solve(
     dtype = scalar_dtype(op.structure)
     tol = lax.stop_gradient(jnp.asarray(tol, dtype))
     if plan is None:
-        values, vectors, residuals, converged, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
+        values, vectors, residuals, converged, gaps, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
         vectors = _fix_signs(vectors)
     else:
         key = jax.random.key(0) if key is None else key
-        draw_key, key = jax.random.split(key)
+        draw_key, probe_key = jax.random.split(key)
         packed = Packed(fixed, packing)
         if start is None:
             block = jtu.tree_map(lambda leaf: leaf[None], draw(draw_key, packed.structure))
         else:
             block = packing.pack(start, batch=1)
-        iteration = Iteration(packed, plan, tol, key)
-        values, vectors, residuals, converged, num_matvecs = _finish(iteration, *iteration.run(block))
+        iteration = Iteration(packed, plan, tol, probe_key)
+        values, vectors, residuals, converged, gaps, num_matvecs = _finish(iteration, *iteration.run(block))
         vectors = packing.unpack(_fix_signs(vectors), batch=1)
     values = _differentiable(op, values, vectors)
-    return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, num_matvecs)
+    return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, gaps, num_matvecs)
 
 
-def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, PyTree, Array, Array, Array]:
+def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, PyTree, Array, Array, Array, Array]:
     """The wanted Ritz pairs of a state, and which of them may be called converged."""
     verdict, ritz = iteration.judge(state), state.ritz
     wanted = verdict.wanted
@@ -199,7 +217,8 @@ def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, Py
     # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
     edge = state.order[iteration.plan.k - 1]
     doubt = (state.status != CERTIFIED) & jnp.all(good) & (wanted == edge)
-    return values, vectors, verdict.residuals, good & ~doubt, state.num_matvecs
+    gaps = neighbour_gaps(ritz.values, ritz.live)[wanted]
+    return values, vectors, verdict.residuals, good & ~doubt, gaps, state.num_matvecs
 
 
 def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k ..."]]:
@@ -222,7 +241,7 @@ def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k
 
 
 @eqx.filter_custom_jvp
-def _differentiable(op: Operator, values: Float[Array, " k"], vectors: PyTree) -> Float[Array, " k"]:
+def _differentiable(_op: Operator, values: Float[Array, " k"], _vectors: PyTree) -> Float[Array, " k"]:
     """`values`, with the derivative ∂λ = vᵀ (∂A) v with respect to the operator's arrays."""
     return values
 
@@ -230,6 +249,8 @@ def _differentiable(op: Operator, values: Float[Array, " k"], vectors: PyTree) -
 @_differentiable.def_jvp
 def _eigenvalue_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     op, values, vectors = primals
+    # The formula holds the eigenvectors fixed, so its own derivative would be wrong: refuse it.
+    op = eqxi.nondifferentiable(op, name="the second derivative of an eigenvalue (`hj.eigsh` has first ones only)")
 
     def forms(op: Operator) -> Array:
         return lax.map(lambda v: inner(v, op.product(v)), vectors)

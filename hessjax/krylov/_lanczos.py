@@ -3,12 +3,12 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
+from hessjax._function import as_integer, check_key
 from hessjax._vectors import as_vector, divide, draw, epsilon, norm, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator, as_operator
@@ -65,8 +65,8 @@ class Lanczos(eqx.Module):
 
 def lanczos(
     op: Operator | Any,
-    num_steps: int,
-    key: PRNGKeyArray | None,
+    num_steps: Any,
+    key: Any,
     *,
     v0: PyTree | None = None,
     like: PyTree | None = None,
@@ -98,6 +98,8 @@ def lanczos(
     Source: Golub and Van Loan, Matrix Computations (4th ed.), section 10.3.
     """
     op = as_operator(op, like)
+    num_steps = as_integer("num_steps", num_steps)
+    check_key(key, "lanczos")
     if not 1 <= num_steps <= op.size:
         raise ValueError(f"`lanczos` needs 1 <= `num_steps` <= {op.size}, the operator's size, got {num_steps}.")
     start = start_vector(op, key, v0, "lanczos")

@@ -119,6 +119,13 @@ def preference(values: Array, live: Array, which: str) -> Int[Array, " rows"]:
     return jnp.argsort(jnp.where(live, rank, jnp.inf), stable=True)
 
 
+def neighbour_gaps(values: Float[Array, " rows"], live: Bool[Array, " rows"]) -> Float[Array, " rows"]:
+    """The distance from each of the ascending live values to the nearest other one; infinite if there is none."""
+    steps = jnp.where(live[1:], values[1:] - values[:-1], jnp.inf)
+    edge = jnp.full((1,), jnp.inf, values.dtype)
+    return jnp.minimum(jnp.concatenate([edge, steps]), jnp.concatenate([steps, edge]))
+
+
 class Verdict(eqx.Module):
     """What the Ritz pairs say about the k wanted ones.
 
@@ -159,10 +166,12 @@ def judge(
     values, estimates = ritz.values[wanted], ritz.residuals[wanted]
     promise = tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values))
     rounding = eps * scale
-    bounds = jnp.where(tol > 0, jnp.maximum(promise, 4 * rounding), jnp.clip(4 * noise, 16 * rounding, 2000 * rounding))
+    lowest, highest = min(16 * eps, eps**0.5) * scale, min(2000 * eps, eps**0.5) * scale
+    bounds = jnp.where(tol > 0, jnp.maximum(promise, 4 * rounding), jnp.clip(4 * noise, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
-    slack = jnp.maximum(jnp.maximum(jnp.maximum(bounds, residuals), 64 * rounding), jnp.finfo(values.dtype).tiny)
+    least = jnp.maximum(min(64 * eps, eps**0.5) * scale, jnp.finfo(values.dtype).tiny)
+    slack = jnp.maximum(jnp.maximum(bounds, residuals), least)
     thresholds = _thresholds(values, slack, which)
     return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)
 

@@ -22,7 +22,6 @@ Invariants at the head of the loop:
 """
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -31,7 +30,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select, size_of
+from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -245,7 +244,7 @@ class Iteration(eqx.Module):
         complete = jnp.sum(state.expanded) >= self.op.size
         alarm = probing & probe.alarm
         proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
-        tired = probing & ~alarm & ~proved & (probe.steps > 100 + state.num_matvecs // 2)
+        tired = probing & ~alarm & ~proved & (3 * probe.spent > 200 + 2 * state.num_matvecs)
         complete |= sufficient
         begins = (settled & ~complete) | (probing & ~alarm & ~proved & ~tired & probe.proved[probe.side])
         starved = ~probing & ~settled & ~jnp.any(state.frontier)

@@ -14,12 +14,12 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from hessjax._function import Function, as_function
+from hessjax._function import Function, as_function, as_integer, closes_over_tracers
 from hessjax._vectors import structure_of
-from hessjax.operators._operator import Operator
+from hessjax.operators._operator import Operator, operator
 
 
-def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callable[..., "Hessian"]:
+def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callable[..., Operator]:
     """Transforms a loss into its Hessian: `(params, *args) -> Operator`.
 
     The operator at (θ, *args) maps v to ∇²L(θ) v. `params` and `args` are its leaves: new values of the same shapes
@@ -47,16 +47,18 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callab
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, doi:10.1162/neco.1994.6.1.147.
     """
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and (batch_size := as_integer("batch_size", batch_size)) < 1:
         raise ValueError(f"`hvp` needs `batch_size >= 1`, or None for one slice, got {batch_size}.")
 
-    def build(params: PyTree, *args: Any) -> Hessian:
+    def build(params: PyTree, *args: Any) -> Operator:
         structure = structure_of(params)
         params = jtu.tree_map(lambda leaf, spec: jnp.asarray(leaf, spec.dtype), params, structure)
         args = jtu.tree_map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, args)
         if batch_size is not None:
             count_examples(args)
-        return Hessian(as_function(loss), params, args, batch_size)
+        hessian = Hessian(as_function(loss), params, args, batch_size)
+        # Traced arrays in a closure are made leaves, so that the algorithms can differentiate with respect to them.
+        return operator(hessian.product, params) if closes_over_tracers(hessian.loss) else hessian
 
     return build
 
@@ -89,7 +91,11 @@ def as_scalar(value: Any) -> Scalar:
     Raises:
         ValueError: it is not; the message says what came.
     """
-    if not eqx.is_array_like(value) or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    if (
+        not eqx.is_array_like(value)
+        or jnp.shape(value) != ()
+        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    ):
         what = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}" if eqx.is_array_like(value) else repr(value)
         raise ValueError(f"The loss must be a real floating-point scalar, got {what}. Reduce it, e.g. by `jnp.mean`.")
     return jnp.asarray(value)
@@ -105,9 +111,7 @@ def count_examples(args: PyTree) -> int:
     Raises:
         ValueError: there is none, or they differ.
     """
-    lengths = {
-        jtu.keystr(path): leaf.shape[0] for path, leaf in jtu.tree_leaves_with_path(args) if _is_sliced(leaf)
-    }
+    lengths = {jtu.keystr(path): leaf.shape[0] for path, leaf in jtu.tree_leaves_with_path(args) if _is_sliced(leaf)}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(
             "Data must have one leading length, at least 1, over all its arrays, got "
@@ -128,17 +132,19 @@ def mean_over_slices(
     sliced, fixed = eqx.partition(args, _is_sliced)
 
     def weighted(part: PyTree, examples: int) -> PyTree:
-        share = examples / count
-        return jtu.tree_map(lambda x: (share * x).astype(x.dtype), function(eqx.combine(part, fixed)))
+        value = function(eqx.combine(part, fixed))
+        return jtu.tree_map(lambda x, total: (examples / count) * x.astype(total.dtype), value, start)
 
     def step(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jtu.tree_map(jnp.add, total, weighted(part, batch_size)), None
 
-    total = jtu.tree_map(jnp.zeros_like, like)
+    # In half precision a running sum of small terms would stand still.
+    start = jtu.tree_map(lambda x: jnp.zeros(x.shape, jnp.result_type(x.dtype, jnp.float32)), like)
+    total = start
     if whole:
         stack = jtu.tree_map(lambda x: x[: whole * batch_size].reshape(whole, batch_size, *x.shape[1:]), sliced)
-        total, _ = jax.lax.scan(step, total, stack)
+        total, _ = jax.lax.scan(step, start, stack)
     if rest:
         tail = weighted(jtu.tree_map(lambda x: x[whole * batch_size :], sliced), rest)
         total = jtu.tree_map(jnp.add, total, tail)
-    return total
+    return jtu.tree_map(lambda x, y: x.astype(y.dtype), total, like)

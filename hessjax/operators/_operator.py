@@ -6,7 +6,6 @@ it calls are static, and two operators that differ in their arrays alone share o
 """
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -68,7 +67,7 @@ class Operator(eqx.Module):
 
     def shift(self, scalar: RealScalar) -> "Operator":
         """A + sI, for a real scalar s."""
-        return _Shifted(self, _scalar(scalar))
+        return _Shifted(self, _scalar(scalar, self))
 
     def dense(self) -> Float[Array, "n n"]:
         """The matrix, rows and columns in the order of `jax.flatten_util.ravel_pytree`.
@@ -84,13 +83,13 @@ class Operator(eqx.Module):
         return self + (-1 * other) if isinstance(other, Operator) else NotImplemented
 
     def __mul__(self, scalar: Any) -> "Operator":
-        return _Scaled(self, _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
+        return _Scaled(self, _scalar(scalar, self)) if _is_scalar(scalar) else NotImplemented
 
     def __rmul__(self, scalar: Any) -> "Operator":
         return self * scalar
 
     def __truediv__(self, scalar: Any) -> "Operator":
-        return _Scaled(self, 1 / _scalar(scalar)) if _is_scalar(scalar) else NotImplemented
+        return _Scaled(self, 1 / _scalar(scalar, self)) if _is_scalar(scalar) else NotImplemented
 
     def __neg__(self) -> "Operator":
         return -1 * self
@@ -100,8 +99,13 @@ def _is_scalar(value: Any) -> bool:
     return eqx.is_array_like(value) and jnp.ndim(value) == 0 and not jnp.iscomplexobj(value)
 
 
-def _scalar(value: RealScalar) -> Scalar:
-    return jnp.asarray(value, dtype=jnp.result_type(value, jnp.float32))
+def _scalar(value: Any, op: Operator) -> Scalar:
+    """A real number in the dtype of the operator's inner products, put on the device explicitly."""
+    if not _is_scalar(value):
+        what = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}" if eqx.is_array_like(value) else repr(value)
+        raise TypeError(f"An operator takes a real scalar here, got {what}.")
+    dtype = scalar_dtype(op.structure)
+    return value.astype(dtype) if isinstance(value, jax.Array) else jax.device_put(np.asarray(value, dtype))
 
 
 def _partner(first: Operator, second: Operator) -> Operator:
@@ -188,12 +192,25 @@ class _Wrapped(Operator):
         return as_image(self.matvec(vector), self.like, "matvec")
 
 
+class _Foreign(Operator):
+    """An object with lineax's `mv` and `in_structure`; its arrays stay leaves."""
+
+    operator: Any
+
+    @property
+    def like(self) -> PyTree:
+        return self.operator.in_structure()
+
+    def product(self, vector: PyTree) -> PyTree:
+        return as_image(self.operator.mv(vector), self.like, "mv")
+
+
 def as_image(image: PyTree, structure: PyTree, name: str) -> PyTree:
     """Checks that a product lies in the space of its argument."""
     return as_vector(image, structure, f"{name}(v)")
 
 
-def operator(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
+def operator(matvec: Any, like: PyTree) -> Operator:
     """Wraps a symmetric v ↦ Av as an `Operator`.
 
     Arrays that `matvec` closes over become leaves of the operator, so that they are arguments of every compiled
@@ -204,7 +221,7 @@ def operator(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
         like: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`s; only shapes and dtypes are used.
 
     Raises:
-        TypeError: a leaf of `like` is not a real floating-point array.
+        TypeError: `matvec` is no function, or a leaf of `like` is not a real floating-point array.
         ValueError: `matvec` returns another structure than it takes.
 
     Example:
@@ -213,6 +230,8 @@ def operator(matvec: Callable[[PyTree], PyTree], like: PyTree) -> Operator:
         >>> (A.shift(1.0) @ jnp.ones(3)).tolist()
         [4.0, 2.0, 0.0]
     """
+    if not callable(matvec):
+        raise TypeError(f"`operator` needs a function, got {type(matvec).__name__}. For a matrix A: `lambda v: A @ v`.")
     structure = structure_of(like)
     leaves, treedef = jtu.tree_flatten(structure)
     converted = eqx.filter_closure_convert(matvec, structure)
@@ -231,10 +250,10 @@ def as_operator(op: Any, like: PyTree | None) -> Operator:
     if isinstance(op, Operator):
         return op
     if callable(getattr(op, "mv", None)) and callable(getattr(op, "in_structure", None)):
-        return operator(op.mv, op.in_structure())
+        return _Foreign(op)
     if callable(op):
         if like is None:
-            raise TypeError("A plain function needs `like=`, a pytree shaped as its vectors; or wrap it: `hj.operator`.")
+            raise TypeError("A plain function needs `like=`, a pytree shaped as its vectors.")
         return operator(op, like)
     raise TypeError(
         f"Needs an `hj.Operator`, a function with `like=`, or a lineax operator, got {type(op).__name__}. "

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from hessjax._vectors import size_of
@@ -34,7 +35,7 @@ class Packing(eqx.Module):
         groups: list[tuple[int, ...]] = []
         together: dict[str, list[int]] = {}
         for index, leaf in enumerate(leaves):
-            spread = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and len(leaf.devices()) > 1
+            spread = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and len(leaf.devices()) > 1
             if spread or size_of(leaf) > _SMALL:
                 groups.append((index,))
             else:

@@ -59,7 +59,9 @@ def test_integer_data_passes(x64):
 
 
 def test_arrays_without_axes_are_passed_whole(x64):
-    op = hj.hvp(lambda p, x, c: jnp.mean((x * p) ** 2) + c * p**2, batch_size=2)(jnp.array(1.0), jnp.ones(5), jnp.array(3.0))
+    op = hj.hvp(lambda p, x, c: jnp.mean((x * p) ** 2) + c * p**2, batch_size=2)(
+        jnp.array(1.0), jnp.ones(5), jnp.array(3.0)
+    )
     np.testing.assert_allclose(op.dense(), [[8.0]])
 
 
