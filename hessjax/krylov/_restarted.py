@@ -183,7 +183,8 @@ class Iteration(eqx.Module):
         """Orthogonalizes what comes in, the product's image or a new direction, and decides what it means."""
         state, image = turn.state, turn.phase == IMAGE
         probing = jnp.where(image, state.probe.active, turn.phase == PROBE)
-        lift = jnp.where(image, state.probe.lift(state.ritz), 0)
+        nothing = jnp.zeros_like(state.probe.overlap)
+        lift = lax.cond(image & state.probe.active, lambda: state.probe.lift(state.ritz), lambda: nothing)
         remove = jnp.where(probing, state.expanded, state.live)
         coefficients, rest, left = turn.basis.orthogonalize(turn.incoming, state.live, remove, lift)
         unit = divide(rest, left)
@@ -210,13 +211,13 @@ class Iteration(eqx.Module):
         row = jnp.where(grows, state.count, state.expanded.size)
         column = jnp.where(state.expanded, known, jnp.where(state.live, coefficients, 0))
         column = column.at[state.count].set(jnp.where(grows, left, 0))
-        written = state.projected.at[:, state.target].set(column).at[state.target].set(column)
+        column = jnp.where(expanding, column, known)
         surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / _nonzero(scale), 0)
         surprise = jnp.maximum(surprise - 8 * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
         state = dataclasses.replace(
             state,
-            projected=jnp.where(expanding, written, state.projected),
+            projected=state.projected.at[:, state.target].set(column).at[state.target].set(column),
             expanded=state.expanded.at[state.target].set(state.expanded[state.target] | expanding),
             count=state.count + grows,
             scale=scale,
@@ -227,10 +228,16 @@ class Iteration(eqx.Module):
         state, looked = self._look(state, expanding)
         verdict = self.judge(state)
         limit = self.op.size / jnp.square(confidence(self.tol))
-        # A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
-        sufficient = looked & verdict.settled & state.seeded
-        sufficient &= start_suffices(state.ritz, state.frontier, verdict.thresholds, limit)
-        settled = looked & verdict.settled & (~state.seeded | sufficient)
+        settled = looked & verdict.settled
+        sufficient = jnp.zeros((), bool)
+        if self.plan.k == 1 and self.plan.random_start:
+            # A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
+            sufficient = lax.cond(
+                settled & state.seeded,
+                lambda: start_suffices(state.ritz, state.frontier, verdict.thresholds, limit),
+                lambda: jnp.zeros((), bool),
+            )
+            settled &= ~state.seeded | sufficient
 
         # Probing: one more step of the certificate.
         probe, z = lax.cond(
@@ -251,13 +258,14 @@ class Iteration(eqx.Module):
         status = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, state.status))
         status = jnp.where(finite, status, BROKEN)
 
+        suspect = probe.suspect
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
         unwanted = state.ritz.live.at[verdict.wanted].set(False)
-        begun = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
-        begun = begun.begin(state.ritz, unwanted, verdict.thresholds)
+        fresh = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
+        probe = lax.cond(begins, lambda: fresh.begin(state.ritz, unwanted, verdict.thresholds), lambda: ended)
         state = dataclasses.replace(
             state,
-            probe=select(begins, begun, ended),
+            probe=probe,
             target=jnp.argmax(self._urgency(state, verdict)).astype(jnp.int32),
             status=status,
         )
@@ -265,7 +273,7 @@ class Iteration(eqx.Module):
         source = lax.cond(
             begins | starved,
             lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
-            lambda: select(alarm, probe.suspect, z),
+            lambda: select(alarm, suspect, z),
         )
         more = (begins | starved | alarm) & finite
         phase = jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
@@ -321,10 +329,17 @@ class Iteration(eqx.Module):
 
     def _restart(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Compresses a full basis to the better Ritz vectors and the frontier, or gives up after `maxiter`."""
-        rows, position = state.expanded.size, jnp.arange(state.expanded.size)
         full = (state.status == RUNNING) & ~state.probe.active & self._full(state)
         spent = state.restarts + 1 >= self.plan.maxiter
         when = full & ~spent
+        unchanged = jnp.zeros_like(state.projected)
+        state, transform = lax.cond(when, lambda: self._compress(state), lambda: (state, unchanged))
+        status = jnp.where(full & spent, EXHAUSTED, state.status)
+        return basis.rotate(transform, when), dataclasses.replace(state, status=status)
+
+    def _compress(self, state: State) -> tuple[State, Float[Array, "rows rows"]]:
+        """The state in the coordinates of the kept Ritz vectors and the frontier, and the change of coordinates."""
+        rows, position = state.expanded.size, jnp.arange(state.expanded.size)
         frontier, ritz = state.frontier, state.ritz
         keep = jnp.minimum(jnp.minimum(self.plan.keep, ritz.count), rows - 2 - jnp.sum(frontier))
         kept = jnp.sort(jnp.where(position < keep, state.order, rows - 1))
@@ -334,20 +349,18 @@ class Iteration(eqx.Module):
         transform = jnp.where(chosen, ritz.vectors[:, kept], 0) + carry
         couplings = jnp.matmul(carry.T, jnp.where(chosen, ritz.couplings[:, kept], 0), precision=lax.Precision.HIGHEST)
         values = jnp.where(chosen, ritz.values[kept], 0)
-        compressed = Ritz(values, jnp.diag(chosen.astype(values.dtype)), couplings, keep.astype(jnp.int32))
-        small = dataclasses.replace(
+        compressed = dataclasses.replace(
             state,
             projected=jnp.diag(values) + couplings + couplings.T,
             expanded=chosen,
             count=(keep + jnp.sum(frontier)).astype(jnp.int32),
             target=moved[state.target].astype(jnp.int32),
-            ritz=compressed,
+            ritz=Ritz(values, jnp.diag(chosen.astype(values.dtype)), couplings, keep.astype(jnp.int32)),
             next_look=keep.astype(jnp.int32),
             seeded=jnp.zeros((), bool),
             restarts=state.restarts + 1,
         )
-        status = jnp.where(full & spent, EXHAUSTED, state.status)
-        return basis.rotate(transform, when), dataclasses.replace(select(when, small, state), status=status)
+        return compressed, transform
 
 
 def _nonzero(x: Array) -> Array:
