@@ -96,8 +96,10 @@ def report(name: str, *, sizes: Mapping[str, Any], **fields: Any) -> None:
     print(json.dumps(_plain(line)), flush=True)
 
 
-def summary(ratios: list[float]) -> dict[str, float]:
-    """The geometric mean and the maximum of positive ratios."""
+def summary(ratios: list[float]) -> dict[str, float] | None:
+    """The geometric mean and the maximum of positive ratios; None if there are none."""
+    if not ratios:
+        return None
     return {"geometric_mean": statistics.geometric_mean(ratios), "maximum": max(ratios)}
 
 
