@@ -19,8 +19,8 @@ A case is a stage, `which`, `k` and `tol`. Its line gives, of either solver:
 
 The last line holds the geometric means and the maxima of the ratios, over all cases and by stage. Cases in which a call
 did not converge are counted there and left out of the ratios, as a budget spent in vain is no cost of an answer. On two
-idle cores about 6 minutes with `--quick` (k = 1 and 6 after 400 steps) and 20 to 30 for the 54 cases, most of it SciPy's
-products for SA.
+idle cores about 6 minutes with `--quick` (k = 1 and 6 after 400 steps) and 20 to 30 for the 54 cases, most of it in
+SciPy's products for SA.
 """
 
 import argparse

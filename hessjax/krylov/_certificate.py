@@ -39,7 +39,7 @@ _SIGNS = np.array([-1.0, 1.0])
 def confidence(tol: Scalar) -> Scalar:
     """δ: how small an overlap of probe and missed eigenvector, in units of 1/√n, is still ruled out.
 
-    A missed eigenvalue escapes with probability at most 0.8 δ: 0.8% at tol = 1e-2, 0.25% at 1e-3 and 0.08% from 1e-4 on.
+    A missed eigenvalue escapes with probability at most 0.8 δ: 0.8% at tol = 1e-2, 0.25% at 1e-3, 0.08% from 1e-4 on.
     Each factor of ten costs one or two products on the spectra of trained networks.
     """
     return jnp.clip(0.1 * jnp.sqrt(tol), 1e-3, 1e-2)
@@ -147,7 +147,13 @@ class Probe(eqx.Module):
         return jnp.where(self.active, _matmul(ritz.couplings, weights), 0)
 
     def advance(
-        self, z: PyTree, image: PyTree, overlap: Float[Array, " rows"], thresholds: Float[Array, " 2"], limit: Scalar
+        self,
+        z: PyTree,
+        image: PyTree,
+        overlap: Float[Array, " rows"],
+        thresholds: Float[Array, " 2"],
+        limit: Scalar,
+        floor: Scalar,
     ) -> tuple["Probe", PyTree]:
         """One Lanczos step on S.
 
@@ -157,6 +163,7 @@ class Probe(eqx.Module):
             overlap: Fᵀ S z_j.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
+            floor: the size of ‖S z_j - αz_j - βz_(j-1)‖ that rounding explains.
 
         Returns:
             The next state, and z_(j+1).
@@ -165,6 +172,8 @@ class Probe(eqx.Module):
         alpha = inner(z, image)
         image = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
         beta = norm(image)
+        # Below the noise of a product the run has closed: its space holds no further eigenvalue that z sees.
+        beta = jnp.where(beta <= floor, 0, beta)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
         value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous
         polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _nonzero(beta))

@@ -147,7 +147,15 @@ class Verdict(eqx.Module):
 
 
 def judge(
-    ritz: Ritz, order: Int[Array, " rows"], which: str, k: int, tol: Scalar, scale: Scalar, noise: Scalar, eps: float
+    ritz: Ritz,
+    order: Int[Array, " rows"],
+    which: str,
+    k: int,
+    tol: Scalar,
+    scale: Scalar,
+    noise: Scalar,
+    rounding: Scalar,
+    eps: float,
 ) -> Verdict:
     """Compares the wanted pairs' residuals with the promise tol · max(eps^(2/3) ‖A‖, |t|).
 
@@ -156,18 +164,18 @@ def judge(
         order: their `preference`.
         which: LM, LA, SA or BE.
         k: how many.
-        tol: relative tolerance; 0 asks for what the dtype allows, 4 · noise. No bound is below four rounding units,
-            and none that stems from noise above two thousand: more than that is no rounding error.
+        tol: relative tolerance; 0 asks for what the dtype allows, 4 · noise, but at most two thousand rounding
+            units, since more than that is no rounding error. No bound is below `rounding`.
         scale: an estimate of ‖A‖.
         noise: the norm of the error that one product makes.
+        rounding: the part of it that is due to rounding.
         eps: the dtype's rounding unit.
     """
     wanted = jnp.sort(order[:k])
     values, estimates = ritz.values[wanted], ritz.residuals[wanted]
     promise = tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values))
-    rounding = eps * scale
     lowest, highest = min(16 * eps, eps**0.5) * scale, min(2000 * eps, eps**0.5) * scale
-    bounds = jnp.where(tol > 0, jnp.maximum(promise, 4 * rounding), jnp.clip(4 * noise, lowest, highest))
+    bounds = jnp.where(tol > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
     least = jnp.maximum(min(64 * eps, eps**0.5) * scale, jnp.finfo(values.dtype).tiny)

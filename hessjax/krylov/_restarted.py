@@ -164,12 +164,16 @@ class Iteration(eqx.Module):
         """
         total, samples = state.deviation
         asymmetry = state.scale * jnp.sqrt(self.op.size * total / jnp.maximum(samples, 1))
-        return jnp.maximum(self.eps * state.scale, asymmetry)
+        return jnp.maximum(self.rounding(state), asymmetry)
+
+    def rounding(self, state: State) -> Scalar:
+        """What rounding alone adds to a residual: it grows like a random walk over the products, √m eps ‖A‖."""
+        return self.eps * state.scale * jnp.sqrt(jnp.maximum(state.num_matvecs, 1).astype(state.scale.dtype))
 
     def judge(self, state: State) -> Verdict:
         """What the current Ritz pairs say about the wanted ones."""
-        which, k, noise = self.plan.which, self.plan.k, self.noise(state)
-        return judge(state.ritz, state.order, which, k, self.tol, state.scale, noise, self.eps)
+        which, k, noise, rounding = self.plan.which, self.plan.k, self.noise(state), self.rounding(state)
+        return judge(state.ritz, state.order, which, k, self.tol, state.scale, noise, rounding, self.eps)
 
     def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""
@@ -243,7 +247,12 @@ class Iteration(eqx.Module):
         probe, z = lax.cond(
             probing,
             lambda: state.probe.advance(
-                state.vector, rest, jnp.where(state.frontier, coefficients + lift, 0), verdict.thresholds, limit
+                state.vector,
+                rest,
+                jnp.where(state.frontier, coefficients + lift, 0),
+                verdict.thresholds,
+                limit,
+                8 * self.eps * state.scale,
             ),
             lambda: (state.probe, unit),
         )

@@ -19,7 +19,7 @@ from hessjax._vectors import structure_of
 from hessjax.operators._operator import Operator, operator
 
 
-def hvp(loss: Callable[..., Scalar], *, batch_size: int | None = None) -> Callable[..., Operator]:
+def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[..., Operator]:
     """Transforms a loss into its Hessian: `(params, *args) -> Operator`.
 
     The operator at (θ, *args) maps v to ∇²L(θ) v. `params` and `args` are its leaves: new values of the same shapes

@@ -18,8 +18,6 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from hessjax._function import Function, as_function
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
 
-RealScalar = int | float | np.number | Scalar
-
 _DENSE_COLUMNS = 32  # products that `Operator.dense` runs together
 
 
@@ -65,7 +63,7 @@ class Operator(eqx.Module):
     def __matmul__(self, vector: PyTree) -> PyTree:
         return self(vector)
 
-    def shift(self, scalar: RealScalar) -> "Operator":
+    def shift(self, scalar: Any) -> "Operator":
         """A + sI, for a real scalar s."""
         return _Shifted(self, _scalar(scalar, self))
 

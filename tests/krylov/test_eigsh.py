@@ -126,10 +126,10 @@ def test_restart_from_a_result_costs_little(x64, key):
 
 def test_small_krylov_dimension_restarts(x64, key):
     values = jnp.asarray(spectra()["indefinite"])
-    for ncv in (7, 12, 20):
+    for ncv in (10, 20):
         pairs = hj.eigsh(Diagonal(values), 6, key, which="LA", tol=1e-6, ncv=ncv)
         assert_honest(pairs, lambda v: v * np.asarray(values), np.asarray(values), "LA", 1e-6, N)
-        assert ncv == 7 or bool(pairs.converged.all())
+        assert bool(pairs.converged.all())
 
 
 def test_giving_up_returns_every_pair_with_honest_flags(x64, key):
@@ -138,6 +138,15 @@ def test_giving_up_returns_every_pair_with_honest_flags(x64, key):
     assert np.all(np.isfinite(pairs.eigenvalues))
     assert not bool(pairs.converged.all())
     assert_honest(pairs, lambda v: v * values, values, "SA", 1e-9, N)
+
+
+@pytest.mark.parametrize("values", [np.ones(N), np.repeat([1.0, 2.0], N // 2)], ids=["identity", "two values"])
+@pytest.mark.parametrize("which", ["LM", "SA"])
+def test_closed_krylov_spaces_end(values, which, key):
+    pairs = hj.eigsh(Diagonal(jnp.asarray(values, jnp.float32)), 6, key, which=which, ncv=20, maxiter=3, tol=1e-4)
+    assert bool(pairs.converged.all())
+    np.testing.assert_allclose(pairs.eigenvalues, wanted(values, 6, which), rtol=1e-5)
+    assert int(pairs.num_matvecs) <= 40
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 256, 300])
@@ -173,7 +182,7 @@ def test_eigenvectors_have_positive_peaks(key):
 def test_without_eigenvectors(key):
     pairs = hj.eigsh(Diagonal(jnp.linspace(-1.0, 1.0, N)), 4, key, return_eigenvectors=False, tol=1e-3)
     assert pairs.eigenvectors is None
-    with pytest.raises(ValueError, match="without eigenvectors"):
+    with pytest.raises(ValueError, match="no eigenvectors"):
         hj.eigsh(Diagonal(jnp.linspace(-1.0, 1.0, N)), 4, v0=pairs)
 
 
@@ -189,6 +198,8 @@ BAD = {
     "ncv above n": (dict(ncv=N + 1), ValueError, f"{N + 1}"),
     "negative tol": (dict(tol=-1.0), ValueError, "-1.0"),
     "tol not a number": (dict(tol=float("nan")), ValueError, "nan"),
+    "tol a string": (dict(tol="a"), ValueError, "'a'"),
+    "key a number": (dict(key=0), TypeError, "`key`.*got 0"),
     "maxiter zero": (dict(maxiter=0), ValueError, "got 0"),
 }
 

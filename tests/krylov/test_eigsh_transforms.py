@@ -63,6 +63,50 @@ def test_derivative_of_a_repeated_eigenvalue_is_finite_and_sums_right(x64, key):
     np.testing.assert_allclose(jax.grad(top)(0.0), 6.0, rtol=1e-9)
 
 
+def test_derivative_through_a_loss_that_closes_over_traced_data(x64, key):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((30, 5)))
+    w = jnp.linspace(-1.0, 1.0, 5)
+
+    def energy(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 4)
+
+    def by_closure(w, x):
+        return hj.eigsh(hj.hvp(lambda w: energy(w, x))(w), 2, key, which="LA").eigenvalues[-1]
+
+    def by_argument(w, x):
+        return hj.eigsh(hj.hvp(energy)(w, x), 2, key, which="LA").eigenvalues[-1]
+
+    for index in (0, 1):
+        ours = jax.jit(jax.grad(by_closure, index))(w, x)
+        np.testing.assert_allclose(ours, jax.grad(by_argument, index)(w, x), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(ours, jax.grad(by_closure, index)(w, x), rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_are_refused(x64, key):
+    def top(t):
+        return hj.eigsh(Matrix(symmetric(0, 20) * t), 1, key, which="LA").eigenvalues[0]
+
+    with pytest.raises(Exception, match="second derivative"):
+        jax.grad(jax.grad(top))(1.0)
+
+
+def test_repeated_eigenvalues_are_flagged(x64, key):
+    for n in (20, N):
+        values = jnp.zeros(n).at[:4].set(jnp.array([3.0, 2.0, 2.0, 1.0]))
+        pairs = hj.eigsh(Diagonal(values), 3, key, which="LA", tol=1e-10)
+        np.testing.assert_allclose(pairs.eigenvalues, [2, 2, 3], atol=1e-10)
+        assert pairs.simple.tolist() == [False, False, True]
+
+
+def test_operators_and_models_are_arguments_of_jit(key):
+    model = digits_model(mlp_params(jax.random.key(1), (64, 3, 10)), count=20)
+    op = model.hessian()
+    v = jax.tree.map(jnp.ones_like, model.params)
+    for a, b in zip(jax.tree.leaves(jax.jit(lambda op, v: op(v))(op, v)), jax.tree.leaves(op(v)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda m: m.loss_value())(model), model.loss_value(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("n", [50, N])
 def test_vmap_equals_a_python_loop(n, x64, key):
     values = jnp.asarray(np.random.default_rng(2).standard_normal((3, n)))

@@ -51,6 +51,12 @@ def test_mixed_dtypes_are_kept(x64):
     np.testing.assert_allclose(op.dense(), op.dense().T, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_slices_add_up_in_half_precision(dtype):
+    op = hj.hvp(lambda w, x: jnp.mean((x @ w) ** 2) / 2, batch_size=1)(jnp.ones(1, dtype), jnp.ones((2048, 1), dtype))
+    np.testing.assert_allclose(op.dense(), [[1.0]], rtol=1e-2)
+
+
 def test_integer_data_passes(x64):
     op = hj.hvp(lambda p, i, y: jnp.mean((p[i] ** 2 - y) ** 2), batch_size=2)(
         jnp.ones(3), jnp.array([0, 1, 1]), jnp.zeros(3)
@@ -76,6 +82,8 @@ def test_unequal_leading_lengths_are_refused():
         hj.hvp(loss, batch_size=2)(params(), jnp.ones((3, 4)), jnp.ones(4))
     with pytest.raises(ValueError, match="got 0"):
         hj.hvp(loss, batch_size=0)
+    with pytest.raises(TypeError, match=r"2\.5"):
+        hj.hvp(loss, batch_size=2.5)
 
 
 def test_integer_parameters_are_refused_with_their_path():

@@ -74,6 +74,18 @@ def test_lineax_operators_are_accepted(key):
     np.testing.assert_allclose(hj.eigsh(Like(), 1, key).eigenvalues, [3.0], rtol=1e-6)
 
 
+def test_scalars_keep_their_precision(x64):
+    identity = Diagonal(jnp.ones(3))
+    np.testing.assert_allclose((identity * 0.1) @ jnp.ones(3), 0.1, rtol=1e-15)
+    np.testing.assert_allclose((identity / 3) @ jnp.ones(3), 1 / 3, rtol=1e-15)
+
+
+@pytest.mark.parametrize("scalar", [jnp.ones(3), 1j, "1"])
+def test_shift_takes_a_real_scalar(scalar):
+    with pytest.raises(TypeError, match="real scalar"):
+        Diagonal(jnp.ones(3)).shift(scalar)
+
+
 def test_scalars_only():
     with pytest.raises(TypeError):
         Diagonal(jnp.ones(3)) * jnp.ones(3)
