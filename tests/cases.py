@@ -52,7 +52,8 @@ def assert_honest(pairs, matvec, eigenvalues, which, tol, n):
     vectors = np.asarray(pairs.eigenvectors, np.float64).reshape(len(values), n)
     eps = float(np.finfo(dtype).eps)
     scale = float(np.abs(eigenvalues).max())
-    rounding = 50 * eps * scale
+    # The documented floor of a residual is √m eps ‖A‖ after m products.
+    rounding = max(50, 2 * int(pairs.num_matvecs) ** 0.5) * eps * scale
     converged = np.asarray(pairs.converged)
     true = np.linalg.norm(matvec(vectors) - values[:, None] * vectors, axis=1)
     promise = tol * np.maximum(eps ** (2 / 3) * scale, np.abs(values))
