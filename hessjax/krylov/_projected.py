@@ -61,8 +61,8 @@ def _column_norms(matrix: Array) -> Array:
 def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: Array, old: Ritz) -> Ritz:
     """The Ritz pairs of the current projected matrix if `when`, else the old ones.
 
-    Under `vmap` the batch runs one after another: a batched LAPACK call inside a loop waits for XLA's own worker
-    threads and can stop for ever on the CPU, and a batched branch would run every size.
+    Under `vmap` the batch runs one after another: vmapped solvers with a batched LAPACK call in their loop have been
+    seen to stop for ever on the CPU, and a batched branch would run every size.
     """
     rows = expanded.size
     sizes = sorted({min(size, rows) for size in (*_SIZES, rows)})
