@@ -5,7 +5,6 @@ sharding, and are never raveled into one array. Scalars that mix leaves (inner p
 live in the widest dtype among the leaves, and at least in float32.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -114,14 +113,10 @@ def select(predicate: Array, x: PyTree, y: PyTree) -> PyTree:
     return jtu.tree_map(lambda a, b: jnp.where(predicate, a, b), x, y)
 
 
-def draw(
-    key: PRNGKeyArray,
-    structure: PyTree[jax.ShapeDtypeStruct],
-    sampler: Callable[..., Array] = jax.random.normal,
-) -> PyTree[Float[Array, "..."]]:
-    """A random vector, one independent key per leaf."""
+def draw(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Float[Array, "..."]]:
+    """A standard normal vector, one independent key per leaf."""
     leaves, treedef = jtu.tree_flatten(structure)
     keys = jax.random.split(key, max(len(leaves), 1))
     return treedef.unflatten(
-        [sampler(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys[: len(leaves)], leaves, strict=True)]
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys[: len(leaves)], leaves, strict=True)]
     )

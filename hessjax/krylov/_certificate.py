@@ -113,7 +113,7 @@ class Probe(eqx.Module):
     def begin(self, ritz: Ritz, unwanted: Bool[Array, " rows"], thresholds: Float[Array, " 2"]) -> "Probe":
         """A run on a side that has a threshold and is not yet proved; the harder one if that leaves a choice.
 
-        The caller draws z_0 and then sets `overlap` with `observe`.
+        The caller draws z_0 and then sets `overlap` to Fᵀz_0.
         """
         remaining = jnp.isfinite(thresholds) & ~self.proved
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
@@ -121,7 +121,7 @@ class Probe(eqx.Module):
         gaps = jnp.minimum(gaps, jnp.finfo(gaps.dtype).max)  # infinite where every Ritz value is wanted
         side = jnp.argmin(jnp.where(remaining, gaps, jnp.inf)).astype(jnp.int32)
         points = jnp.where(jnp.isfinite(thresholds), thresholds, 0)
-        distance = _frobenius(_self_energy(ritz, points[HIGH]) - _self_energy(ritz, points[LOW]))
+        distance = norm(_self_energy(ritz, points[HIGH]) - _self_energy(ritz, points[LOW]))
         one, zero = jnp.ones_like(self.mass), jnp.zeros_like(self.mass)
         return dataclasses.replace(
             self,
@@ -214,9 +214,3 @@ def _self_energy(ritz: Ritz, x: Scalar) -> Float[Array, "rows rows"]:
     """D = C (x - H)⁻¹ Cᵀ on the frontier rows."""
     weights = jnp.where(ritz.live, 1 / _nonzero(x - ritz.values), 0)
     return _matmul(ritz.couplings * weights, ritz.couplings.T)
-
-
-def _frobenius(matrix: Array) -> Scalar:
-    peak = jnp.max(jnp.abs(matrix))
-    unit = jnp.where(peak > 0, peak, 1)
-    return unit * jnp.sqrt(jnp.sum(jnp.square(matrix / unit)))

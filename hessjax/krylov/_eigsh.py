@@ -13,13 +13,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer, check_key
-from hessjax._vectors import as_vector, draw, inner, scalar_dtype
+from hessjax._vectors import as_vector, draw, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._memory import default_ncv
 from hessjax.krylov._projected import neighbour_gaps
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
-from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._operator import Operator, as_operator, quadratic_form
 from hessjax.operators._packing import Packed, Packing
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -185,8 +185,7 @@ def _solve(
 ) -> Eigenpairs:
     frozen, start = lax.stop_gradient(eqx.filter(op, eqx.is_array)), lax.stop_gradient(start)
     fixed = eqx.combine(frozen, eqx.filter(op, eqx.is_array, inverse=True))
-    dtype = scalar_dtype(op.structure)
-    tol = lax.stop_gradient(jnp.asarray(tol, dtype))
+    tol = lax.stop_gradient(tol)
     if plan is None:
         values, vectors, residuals, converged, gaps, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
         vectors = _fix_signs(vectors)
@@ -251,7 +250,7 @@ def _eigenvalue_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tupl
     vectors = _fixed_vectors(op, vectors)
 
     def forms(op: Operator) -> Array:
-        return lax.map(lambda v: inner(v, op.product(v)), vectors)
+        return lax.map(lambda v: quadratic_form(op, v), vectors)
 
     _, derivative = eqx.filter_jvp(forms, (op,), (tangents[0],))
     return values, derivative.astype(values.dtype)

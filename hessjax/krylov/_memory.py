@@ -8,19 +8,18 @@ from jaxtyping import PyTree
 
 from hessjax._vectors import size_of
 
-_SHARE = 8  # the default limit is an eighth of the device's memory
+_SHARE = 8  # the basis may take an eighth of the device's memory
 _SPARE = 256  # Krylov dimensions beyond k; a larger projected problem costs more than the products it saves
 
 
-def default_ncv(structure: PyTree[jax.ShapeDtypeStruct], k: int, memory_limit: int | None = None) -> int:
+def default_ncv(structure: PyTree[jax.ShapeDtypeStruct], k: int) -> int:
     """The Krylov dimension: k + 256 where memory allows, never less than SciPy's max(2k + 1, 20) nor more than n.
 
     Args:
         structure: of one vector.
         k: number of eigenpairs.
-        memory_limit: bytes for the basis; an eighth of the device's memory if None.
     """
-    limit = _device_memory() // _SHARE if memory_limit is None else memory_limit
+    limit = _device_memory() // _SHARE
     bytes_per_vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure))
     affordable = limit // max(bytes_per_vector, 1) - k - 12
     return min(size_of(structure), max(2 * k + 1, 20, min(k + _SPARE, affordable)))

@@ -101,7 +101,7 @@ class Turn(eqx.Module):
 
 
 class Iteration(eqx.Module):
-    """The solver as init / step / finish."""
+    """The solver as init / step / run."""
 
     op: Operator
     plan: Plan
@@ -227,7 +227,6 @@ class Iteration(eqx.Module):
             scale=scale,
             deviation=state.deviation + jnp.stack([jnp.sum(jnp.square(surprise)), samples]),
             num_matvecs=state.num_matvecs + 1,
-            status=jnp.where(finite, state.status, BROKEN),
         )
         state, looked = self._look(state, expanding)
         verdict = self.judge(state)
