@@ -116,7 +116,8 @@ def select(predicate: Array, x: PyTree, y: PyTree) -> PyTree:
 def draw(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Float[Array, "..."]]:
     """A standard normal vector, one independent key per leaf."""
     leaves, treedef = jtu.tree_flatten(structure)
-    keys = jax.random.split(key, max(len(leaves), 1))
+    # One leaf needs no keys of its own; a split costs as many kernels as a draw.
+    keys = [key] if len(leaves) == 1 else jax.random.split(key, max(len(leaves), 1))[: len(leaves)]
     return treedef.unflatten(
-        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys[: len(leaves)], leaves, strict=True)]
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     )

@@ -191,13 +191,12 @@ def _solve(
         vectors = _fix_signs(vectors)
     else:
         key = jax.random.key(0) if key is None else key
-        draw_key, probe_key = jax.random.split(key)
         packed = Packed(fixed, packing)
         if start is None:
-            block = jtu.tree_map(lambda leaf: leaf[None], draw(draw_key, packed.structure))
+            block = jtu.tree_map(lambda leaf: leaf[None], draw(jax.random.fold_in(key, 0), packed.structure))
         else:
             block = packing.pack(start, batch=1)
-        iteration = Iteration(packed, plan, tol, probe_key)
+        iteration = Iteration(packed, plan, tol, key)
         values, vectors, residuals, converged, gaps, num_matvecs = _finish(iteration, *iteration.run(block))
         vectors = packing.unpack(_fix_signs(vectors), batch=1)
     values = _differentiable(op, values, vectors)

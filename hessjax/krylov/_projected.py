@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-_SIZES = (32, 64, 144)  # leading sizes that a projected problem is solved at; each is compiled
+_SIZES = (56, 136)  # leading sizes that a projected problem is solved at; each is compiled
 
 
 class Ritz(eqx.Module):
