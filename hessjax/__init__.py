@@ -8,6 +8,7 @@ from hessjax.krylov import Eigenpairs as Eigenpairs
 from hessjax.krylov import Lanczos as Lanczos
 from hessjax.krylov import eigsh as eigsh
 from hessjax.krylov import lanczos as lanczos
+from hessjax.krylov import memory_estimate as memory_estimate
 from hessjax.operators import Operator as Operator
 from hessjax.operators import hvp as hvp
 from hessjax.operators import operator as operator

@@ -1,6 +1,7 @@
 """From an operator to eigenpairs."""
 
-from hessjax.krylov._eigsh import Eigenpairs as Eigenpairs
+from hessjax.krylov._eigenpairs import Eigenpairs as Eigenpairs
 from hessjax.krylov._eigsh import eigsh as eigsh
 from hessjax.krylov._lanczos import Lanczos as Lanczos
 from hessjax.krylov._lanczos import lanczos as lanczos
+from hessjax.krylov._memory import memory_estimate as memory_estimate

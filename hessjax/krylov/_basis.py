@@ -13,13 +13,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
 
 _SMALLEST_BLOCK = 32
-_CHUNK = 1 << 14  # columns rotated at a time; bounds the scratch memory of a restart
+_CHUNK = 1 << 14  # columns rotated at a time, at most
 
 
 def block_sizes(num_rows: int) -> list[int]:
@@ -31,19 +32,31 @@ def block_sizes(num_rows: int) -> list[int]:
 
 
 class Basis(eqx.Module):
-    """Up to `num_rows` vectors, of which the caller knows the live ones."""
+    """Up to `num_rows` vectors, of which the caller knows the live ones.
+
+    Attributes:
+        blocks: rows of the vectors, in the dtype in which they are kept.
+        dtypes: those of the vectors' own leaves, in which they come and go.
+    """
 
     blocks: tuple[PyTree[Array], ...]
+    dtypes: tuple[np.dtype, ...] = eqx.field(static=True)
 
     @classmethod
-    def zeros(cls, structure: PyTree[jax.ShapeDtypeStruct], num_rows: int) -> "Basis":
-        """An empty basis for vectors of the given structure."""
+    def zeros(cls, structure: PyTree[jax.ShapeDtypeStruct], num_rows: int, storage: str | None = None) -> "Basis":
+        """An empty basis for vectors of the given structure, kept in the dtype `storage` or their own."""
         return cls(
             tuple(
-                jtu.tree_map(lambda leaf, rows=rows: jnp.zeros((rows, *leaf.shape), leaf.dtype), structure)
+                jtu.tree_map(lambda leaf, rows=rows: jnp.zeros((rows, *leaf.shape), storage or leaf.dtype), structure)
                 for rows in block_sizes(num_rows)
-            )
+            ),
+            tuple(leaf.dtype for leaf in jtu.tree_leaves(structure)),
         )
+
+    @property
+    def width(self) -> int:
+        """The number of entries of a vector."""
+        return sum(math.prod(leaf.shape[1:]) for leaf in jtu.tree_leaves(self.blocks[0]))
 
     @property
     def sizes(self) -> list[int]:
@@ -55,7 +68,9 @@ class Basis(eqx.Module):
         which = sum((index >= start).astype(jnp.int32) for start in starts) - 1
 
         def reader(block: PyTree, start: int):
-            return lambda: jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
+            return lambda: self._cast(
+                jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
+            )
 
         return lax.switch(which, [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)])
 
@@ -66,12 +81,12 @@ class Basis(eqx.Module):
             local = jnp.clip(index - start, 0, rows - 1)
             inside = (index >= start) & (index < start + rows)
             old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
-            new = select(inside, vector, old)
+            new = select(inside, jtu.tree_map(lambda x, y: x.astype(y.dtype), vector, old), old)
             blocks.append(
                 jtu.tree_map(lambda leaf, x, at=local: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
             )
             start += rows
-        return Basis(tuple(blocks))
+        return Basis(tuple(blocks), self.dtypes)
 
     def project(
         self,
@@ -154,7 +169,7 @@ class Basis(eqx.Module):
     def combine(self, weights: Float[Array, "num_rows k"], read: Bool[Array, " num_rows"]) -> PyTree:
         """The k combinations Qw as one pytree with leading axis k."""
         k, start = weights.shape[1], 0
-        out = jtu.tree_map(lambda leaf: jnp.zeros((k, *leaf.shape[1:]), leaf.dtype), self.blocks[0])
+        out = self._cast(jtu.tree_map(lambda leaf: jnp.zeros((k, *leaf.shape[1:]), leaf.dtype), self.blocks[0]))
 
         def accumulate(block: PyTree, out: PyTree, weights: Array) -> PyTree:
             return jtu.tree_map(
@@ -171,20 +186,25 @@ class Basis(eqx.Module):
     def rotate(self, transform: Float[Array, "num_rows num_rows"], when: Bool[Array, ""]) -> "Basis":
         """The basis Q · transform, in place, if `when` holds.
 
-        Works on `_CHUNK` columns at a time in a loop that runs zero times when there is nothing to do, so that it needs
-        no second basis and no branch that would copy this one.
+        Works on a few columns at a time in a loop that runs zero times when there is nothing to do, so that it needs
+        no second basis and no branch that would copy this one. Its scratch memory is that of two vectors.
         """
         leaves = [jtu.tree_leaves(block) for block in self.blocks]
         treedef = jtu.tree_structure(self.blocks[0])
-        columns = [_rotate_leaf(list(parts), transform, when) for parts in zip(*leaves, strict=True)]
-        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)))
+        chunk = min(max(self.width // transform.shape[0], 64), _CHUNK)
+        columns = [_rotate_leaf(list(parts), transform, when, chunk) for parts in zip(*leaves, strict=True)]
+        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)), self.dtypes)
+
+    def _cast(self, vector: PyTree) -> PyTree:
+        leaves, treedef = jtu.tree_flatten(vector)
+        return treedef.unflatten([leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)])
 
     def stack(self) -> PyTree:
         """All rows in one pytree with leading axis `num_rows`."""
         return jtu.tree_map(lambda *rows: jnp.concatenate(rows), *self.blocks)
 
 
-def _rotate_leaf(parts: list[Array], transform: Array, when: Array) -> list[Array]:
+def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int) -> list[Array]:
     """Rotates one leaf of every block, chunk by chunk along its flattened columns."""
     shapes = [part.shape for part in parts]
     width = math.prod(shapes[0][1:])
@@ -200,9 +220,9 @@ def _rotate_leaf(parts: list[Array], transform: Array, when: Array) -> list[Arra
             row += part.shape[0]
         return out
 
-    whole, rest = divmod(width, _CHUNK)
+    whole, rest = divmod(width, chunk)
     if whole:
-        flat = lax.fori_loop(0, jnp.where(when, whole, 0), lambda i, p: rotated(p, i * _CHUNK, _CHUNK), flat)
+        flat = lax.fori_loop(0, jnp.where(when, whole, 0), lambda i, p: rotated(p, i * chunk, chunk), flat)
     if rest:
-        flat = lax.fori_loop(0, when.astype(jnp.int32), lambda _, p: rotated(p, whole * _CHUNK, rest), flat)
+        flat = lax.fori_loop(0, when.astype(jnp.int32), lambda _, p: rotated(p, whole * chunk, rest), flat)
     return [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]

@@ -4,33 +4,38 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import Array, Scalar
 
 from hessjax._vectors import epsilon, size_of
+from hessjax.krylov._eigenpairs import Eigenpairs
 from hessjax.krylov._projected import neighbour_gaps, preference
 from hessjax.operators._operator import Operator
 
 
-def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Array, PyTree, Array, Array, Array, Array]:
-    """The k wanted pairs of the symmetric part, with their residuals against the operator itself.
+def dense_eigenpairs(op: Operator, which: str, sigma: Scalar | None, k: int, tol: Scalar) -> Eigenpairs:
+    """The k wanted pairs of the symmetric part, with their residuals against the operator itself; n products.
 
-    Returns:
-        eigenvalues, eigenvectors (leading axis k), residuals, converged, gaps, num_matvecs = n.
+    Args:
+        op: A.
+        which: LM, LA, SA, BE or SM.
+        sigma: with "SM", the point to be near to, in place of 0.
+        k: how many.
+        tol: as in `eigsh`.
     """
     matrix, n, eps = op.dense(), op.size, epsilon(op.structure)
     peak = jnp.max(jnp.abs(matrix))
     unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
     matrix = matrix / unit
-    values, vectors = _eigh((matrix + matrix.T) / 2)
-    wanted = jnp.sort(preference(values, jnp.ones(n, bool), which)[:k])
+    values, vectors = sequential_eigh((matrix + matrix.T) / 2)
+    wanted = jnp.sort(preference(values - (0 if sigma is None else sigma / unit), jnp.ones(n, bool), which)[:k])
     gaps = neighbour_gaps(values, jnp.ones(n, bool))[wanted]
     values, vectors = values[wanted], vectors[:, wanted]
     image = jnp.matmul(matrix, vectors, precision=lax.Precision.HIGHEST)
     scale = jnp.max(jnp.abs(values), initial=0) + jnp.linalg.norm(matrix) * eps
     scale = jnp.maximum(scale, jnp.max(jnp.linalg.norm(matrix, axis=0)))
-    rounding = eps * scale * max(n**0.5, 4.0)
+    rounding = eps * scale * max(n**0.5, 16.0)
     residuals = jnp.maximum(jnp.linalg.norm(image - vectors * values, axis=0), eps * scale)
-    bounds = jnp.maximum(tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values)), 4 * rounding)
+    bounds = jnp.maximum(tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values)), rounding)
     leaves, treedef = jtu.tree_flatten(op.structure)
     parts, start = [], 0
     for leaf in leaves:
@@ -38,11 +43,22 @@ def dense_eigenpairs(op: Operator, which: str, k: int, tol: Scalar) -> tuple[Arr
         parts.append(rows.reshape(k, *leaf.shape).astype(leaf.dtype))
         start += size_of(leaf)
     converged = (residuals <= bounds) & jnp.isfinite(values)
-    count = jnp.asarray(n, jnp.int32)
-    return values * unit, treedef.unflatten(parts), residuals * unit, converged, gaps * unit, count
+    isolation = jnp.maximum(gaps - 2 * rounding, 0)
+    asymmetry = jnp.linalg.norm(matrix - matrix.T) / (2 * n) ** 0.5  # of n products, the root mean square
+    return Eigenpairs(
+        values * unit,
+        treedef.unflatten(parts),
+        residuals * unit,
+        converged,
+        gaps * unit,
+        isolation * unit,
+        jnp.maximum(eps * scale, asymmetry) * unit,
+        jnp.asarray(n, jnp.int32),
+    )
 
 
 @jax.custom_batching.sequential_vmap
-def _eigh(matrix: Array) -> tuple[Array, Array]:
+def sequential_eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues ascending, and eigenvectors in columns; under `vmap` one after another (see `_projected.refresh`)."""
     vectors, values = lax.linalg.eigh(matrix)
     return values, vectors

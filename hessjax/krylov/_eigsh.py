@@ -1,5 +1,6 @@
 """`eigsh`: the door to the eigensolvers, with SciPy's words and meanings."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,51 +11,26 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer, check_key
 from hessjax._vectors import as_vector, draw, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
-from hessjax.krylov._memory import default_ncv
-from hessjax.krylov._projected import neighbour_gaps
+from hessjax.krylov._derivative import differentiable
+from hessjax.krylov._eigenpairs import Eigenpairs
+from hessjax.krylov._interior import nearest_eigenpairs
+from hessjax.krylov._memory import default_ncv, storage_name
+from hessjax.krylov._noise import NOISE_PRODUCTS, product_noise
+from hessjax.krylov._projected import isolation, neighbour_gaps
 from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
-from hessjax.operators._operator import Operator, as_operator, quadratic_form
+from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
-WHICH = ("LM", "LA", "SA", "BE")
+WHICH = ("LM", "LA", "SA", "BE", "SM")
 _DENSE_SIZE = 256  # up to here n products and a dense `eigh` beat an iteration, and cannot miss anything
-
-
-class Eigenpairs(eqx.Module):
-    """k eigenpairs of a symmetric operator, with what is known of their errors.
-
-    Attributes:
-        eigenvalues: (k,), ascending.
-        eigenvectors: the operator's structure with a leading axis k on every leaf, or None. Orthonormal; the entry of
-            largest magnitude is positive. Constants under differentiation.
-        residuals: (k,), ‖Av - λv‖, absolute; never reported below the noise of one product.
-        converged: (k,). If all are true, these are the pairs that `which` asks for.
-        gaps: (k,), the distance from each eigenvalue to the nearest other one that was seen, wanted or not. Where it
-            does not exceed the residuals, the eigenvalue may be repeated: see `simple`.
-        num_matvecs: products spent, checks included.
-    """
-
-    eigenvalues: Float[Array, " k"]
-    eigenvectors: PyTree[Float[Array, "k ..."]] | None
-    residuals: Float[Array, " k"]
-    converged: Bool[Array, " k"]
-    gaps: Float[Array, " k"]
-    num_matvecs: Int[Array, ""]
-
-    @property
-    def simple(self) -> Bool[Array, " k"]:
-        """(k,): which eigenvalues are known to be simple, so that their own derivative exists.
-
-        An eigenvalue's true gap is within its own and its neighbour's residual of the one that was seen; here the gap
-        must exceed ten residuals.
-        """
-        return self.gaps > 10 * jnp.max(self.residuals)
+_DENSE_INTERIOR_SIZE = 2048  # inside the spectrum an iteration seldom needs fewer than n products
+_STAGES = 10  # of a solve inside the spectrum
 
 
 def eigsh(
@@ -63,18 +39,26 @@ def eigsh(
     key: Any = None,
     *,
     which: str = "LM",
+    sigma: Any = None,
     v0: PyTree | Eigenpairs | None = None,
     ncv: Any = None,
     maxiter: Any = None,
     tol: Any = 0.0,
     return_eigenvectors: bool = True,
     like: PyTree | None = None,
+    memory_limit: Any = None,
+    basis_dtype: Any = None,
+    measure_noise: bool = False,
 ) -> Eigenpairs:
-    """The k eigenpairs of a symmetric operator at an end of its spectrum.
+    """The k eigenpairs of a symmetric operator at an end of its spectrum, or nearest to a point inside it.
 
     Thick-restart Lanczos with full reorthogonalization, in one compiled loop that stops as soon as the residuals allow.
     Before it stops, a few products on a fresh random direction certify that no wanted eigenvalue was missed, such as
     another copy of a repeated one. Up to n = 256, unless `v0`, `ncv` or `maxiter` is given, it forms the matrix.
+
+    Nearest to `sigma` (and for "SM", nearest to 0) it forms the matrix up to n = 2048. Beyond, the same iteration runs
+    on a polynomial of A; that costs about ‖A - σ‖ / d products per digit, d being the distance from σ to the wanted
+    eigenvalues, and often thousands. Without a factorization there is no cheap way inside a spectrum.
 
     Works inside `jit`, `vmap`, `scan` and `grad`. Derivatives of a simple eigenvalue are ∂λ = vᵀ (∂A) v, in forward and
     reverse mode. Those of a repeated one (`simple` False) depend on the basis of its eigenspace: there only symmetric
@@ -87,24 +71,34 @@ def eigsh(
         key: draws the start vector and the certificate's directions. May be None when `v0` is given; the certificate
             then uses a fixed key.
         which: "LM" largest magnitude, "LA" largest, "SA" smallest, "BE" half from each end (one more from the high end
-            if k is odd).
+            if k is odd), "SM" smallest magnitude.
+        sigma: a real number, with `which="LM"` alone: the k eigenvalues nearest to it.
         v0: a start vector, or a block of them (a leading axis on every leaf), or an earlier `Eigenpairs` to go on from.
-        ncv: the Krylov dimension at which to restart, k < ncv ≤ n. Memory is ncv + 2k + 12 vectors. Default: k + 256 as
-            far as an eighth of the device's memory allows, at least max(2k + 1, 20).
+        ncv: the Krylov dimension at which to restart, k < ncv ≤ n. Memory is ncv + 2k + 12 vectors, beside what a
+            product needs: see `hj.memory_estimate`. Default: k + 256 as far as `memory_limit` allows, at least
+            max(2k + 1, 20).
         maxiter: restarts, the first fill counted. Default: as many as make 10 n products.
         tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below the rounding of m products,
             √m eps ‖A‖; 0 asks for what the dtype and the product's noise allow.
         return_eigenvectors: whether to form them.
         like: a pytree shaped as the vectors, when `op` is a plain function.
+        memory_limit: bytes that the default `ncv` may use; an eighth of the device's memory if None.
+        basis_dtype: keep the basis in a narrower dtype, such as "bfloat16". Its rounding unit takes the place of the
+            vectors' own in all that is said of accuracy: residuals reach 0.05 ‖A‖ in bfloat16, 1e-6 ‖A‖ in float32.
+        measure_noise: spend 3 products on measuring how far the product is from a deterministic and symmetric one,
+            rather than rely on what shows in the iteration. A residual is never reported below the noise, so that
+            what drowns in it is not called converged.
 
     Returns:
         `Eigenpairs`. What failed to converge within `maxiter` is returned with `converged` False; a product that is not
         finite ends the iteration, with `converged` False throughout.
 
     Raises:
-        ValueError: `k`, `ncv`, `maxiter`, `tol` or `which` is out of range, neither `key` nor `v0` came, or `v0` has
-            another structure than the operator.
-        TypeError: `op` is not an operator, or `k`, `ncv` or `maxiter` is not an integer.
+        ValueError: `k`, `ncv`, `maxiter`, `tol` or `which` is out of range, `sigma` came with another `which` than "LM",
+            neither `key` nor `v0` came, `v0` has another structure than the operator, or `memory_limit` does not hold
+            the smallest basis.
+        TypeError: `op` is not an operator, or `k`, `ncv`, `maxiter` or `memory_limit` is not an integer, or
+            `basis_dtype` no floating-point dtype.
 
     Example:
         >>> import hessjax as hj, jax, jax.numpy as jnp
@@ -113,7 +107,7 @@ def eigsh(
         [97.0, 98.0, 99.0]
 
     Source: Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems,
-    doi:10.1137/S0895479898334605; the certificate is explained in `hessjax/krylov/_certificate.py`.
+    doi:10.1137/S0895479898334605. The algorithm is explained in `hessjax/krylov/README.md`.
     """
     op = as_operator(op, like)
     n = op.size
@@ -122,31 +116,41 @@ def eigsh(
         raise ValueError(f"`eigsh` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
     if which not in WHICH:
         raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-    tol = _tolerance(tol, op)
+    if sigma is not None:
+        if which != "LM":
+            raise ValueError(f'`sigma` goes with `which="LM"`, as nearest to it, got {which!r}.')
+        which = "SM"
+    sigma = _number("sigma", 0.0 if sigma is None else sigma, op, "a finite number.")
+    tol = _number("tol", tol, op, "a finite number of at least 0. 0 asks for what the dtype allows.", least=0)
     if maxiter is not None and (maxiter := as_integer("maxiter", maxiter)) < 1:
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
     if ncv is not None and not (k < (ncv := as_integer("ncv", ncv)) <= n or k == ncv == n):
         raise ValueError(f"`ncv` must be above `k` = {k} and at most {n}, the operator's size, got {ncv}.")
+    if memory_limit is not None:
+        memory_limit = as_integer("memory_limit", memory_limit)
     check_key(key, "eigsh")
     start = _start_block(op, key, v0)
-    if n <= _DENSE_SIZE and start is None and ncv is None and maxiter is None:
+    if n <= (_DENSE_INTERIOR_SIZE if which == "SM" else _DENSE_SIZE if start is ncv is maxiter is None else 0):
         plan = None
     else:
-        ncv = default_ncv(op.structure, k) if ncv is None else ncv
-        maxiter = max(10, -(-10 * n // ncv)) if maxiter is None else maxiter
-        plan = Plan(which, k, ncv, maxiter, random_start=start is None)
-    return _solve(op, start, key, tol, which, k, plan, Packing.of(op.like), return_eigenvectors)
+        storage = storage_name(basis_dtype, op.structure)
+        ncv = default_ncv(op.structure, k, memory_limit, storage) if ncv is None else ncv
+        if maxiter is None:
+            maxiter = _STAGES if which == "SM" else max(10, -(-10 * n // ncv))
+        plan = Plan(which, k, ncv, maxiter, random_start=start is None, storage=storage)
+    packing = Packing.of(op.like)
+    return _solve(op, start, key, tol, sigma, which, k, plan, packing, bool(measure_noise), return_eigenvectors)
 
 
-def _tolerance(tol: Any, op: Operator) -> Float[Array, ""]:
-    """`tol` as an array, so that a new one compiles nothing; put on the device explicitly, for transfer guards."""
-    if not eqx.is_array_like(tol) or jnp.ndim(tol) != 0 or jnp.iscomplexobj(tol):
-        raise ValueError(f"`tol` must be a number, got {tol!r}.")
-    if isinstance(tol, Tracer):
-        return tol.astype(scalar_dtype(op.structure))
-    if not 0 <= float(tol) < math.inf:
-        raise ValueError(f"`tol` must be a finite number of at least 0, got {tol}. 0 asks for what the dtype allows.")
-    return jax.device_put(np.asarray(tol, scalar_dtype(op.structure)))
+def _number(name: str, value: Any, op: Operator, needed: str, least: float = -math.inf) -> Float[Array, ""]:
+    """`value` as an array, so that a new one compiles nothing; put on the device explicitly, for transfer guards."""
+    if not eqx.is_array_like(value) or jnp.ndim(value) != 0 or jnp.iscomplexobj(value):
+        raise ValueError(f"`{name}` must be {needed} Got {value!r}.")
+    if isinstance(value, Tracer):
+        return value.astype(scalar_dtype(op.structure))
+    if not (least <= float(value) < math.inf and float(value) > -math.inf):
+        raise ValueError(f"`{name}` must be {needed} Got {value}.")
+    return jax.device_put(np.asarray(value, scalar_dtype(op.structure)))
 
 
 def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs | None) -> PyTree | None:
@@ -177,18 +181,20 @@ def _solve(
     start: PyTree | None,
     key: PRNGKeyArray | None,
     tol: Float[Array, ""],
+    sigma: Float[Array, ""],
     which: str,
     k: int,
     plan: Plan | None,
     packing: Packing,
+    measure_noise: bool,
     return_eigenvectors: bool,
 ) -> Eigenpairs:
     frozen, start = lax.stop_gradient(eqx.filter(op, eqx.is_array)), lax.stop_gradient(start)
     fixed = eqx.combine(frozen, eqx.filter(op, eqx.is_array, inverse=True))
-    tol = lax.stop_gradient(tol)
+    tol, sigma = lax.stop_gradient((tol, sigma))
     if plan is None:
-        values, vectors, residuals, converged, gaps, num_matvecs = dense_eigenpairs(fixed, which, k, tol)
-        vectors = _fix_signs(vectors)
+        pairs = dense_eigenpairs(fixed, which, sigma, k, tol)
+        vectors = _fix_signs(pairs.eigenvectors)
     else:
         key = jax.random.key(0) if key is None else key
         packed = Packed(fixed, packing)
@@ -196,14 +202,20 @@ def _solve(
             block = jtu.tree_map(lambda leaf: leaf[None], draw(jax.random.fold_in(key, 0), packed.structure))
         else:
             block = packing.pack(start, batch=1)
-        iteration = Iteration(packed, plan, tol, key)
-        values, vectors, residuals, converged, gaps, num_matvecs = _finish(iteration, *iteration.run(block))
-        vectors = packing.unpack(_fix_signs(vectors), batch=1)
-    values = _differentiable(op, values, vectors)
-    return Eigenpairs(values, vectors if return_eigenvectors else None, residuals, converged, gaps, num_matvecs)
+        floor, spent = jnp.zeros((), scalar_dtype(packed.structure)), 0
+        if measure_noise:
+            floor, spent = product_noise(packed, jax.random.fold_in(key, 2**32 - 1)), NOISE_PRODUCTS
+        if which == "SM":
+            pairs = nearest_eigenpairs(packed, sigma, plan, tol, key, block, floor, spent)
+        else:
+            iteration = Iteration(packed, plan, tol, key, floor)
+            pairs = _finish(iteration, *iteration.run(block, spent))
+        vectors = packing.unpack(_fix_signs(pairs.eigenvectors), batch=1)
+    values = differentiable(op, pairs.eigenvalues, vectors)
+    return dataclasses.replace(pairs, eigenvalues=values, eigenvectors=vectors if return_eigenvectors else None)
 
 
-def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, PyTree, Array, Array, Array, Array]:
+def _finish(iteration: Iteration, basis: Basis, state: State) -> Eigenpairs:
     """The wanted Ritz pairs of a state, and which of them may be called converged."""
     verdict, ritz = iteration.judge(state), state.ritz
     wanted = verdict.wanted
@@ -213,9 +225,19 @@ def _finish(iteration: Iteration, basis: Basis, state: State) -> tuple[Array, Py
     good = exist & (verdict.residuals <= verdict.bounds)
     # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
     edge = state.order[iteration.plan.k - 1]
-    doubt = (state.status != CERTIFIED) & jnp.all(good) & (wanted == edge)
-    gaps = neighbour_gaps(ritz.values, ritz.live)[wanted]
-    return values, vectors, verdict.residuals, good & ~doubt, gaps, state.num_matvecs
+    certified = (state.status == CERTIFIED) & jnp.all(good)
+    doubt = ~certified & jnp.all(good) & (wanted == edge)
+    apart = isolation(values, verdict.residuals, verdict.thresholds)
+    return Eigenpairs(
+        values,
+        vectors,
+        verdict.residuals,
+        good & ~doubt,
+        neighbour_gaps(ritz.values, ritz.live)[wanted],
+        jnp.where(certified, apart, 0),
+        iteration.noise(state),
+        state.num_matvecs,
+    )
 
 
 def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k ..."]]:
@@ -235,34 +257,3 @@ def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k
     return treedef.unflatten(
         [(leaf * sign.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)).astype(leaf.dtype) for leaf in leaves]
     )
-
-
-@eqx.filter_custom_jvp
-def _differentiable(_op: Operator, values: Float[Array, " k"], _vectors: PyTree) -> Float[Array, " k"]:
-    """`values`, with the derivative ∂λ = vᵀ (∂A) v with respect to the operator's arrays."""
-    return values
-
-
-@_differentiable.def_jvp
-def _eigenvalue_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    op, values, vectors = primals
-    vectors = _fixed_vectors(op, vectors)
-
-    def forms(op: Operator) -> Array:
-        return lax.map(lambda v: quadratic_form(op, v), vectors)
-
-    _, derivative = eqx.filter_jvp(forms, (op,), (tangents[0],))
-    return values, derivative.astype(values.dtype)
-
-
-@eqx.filter_custom_jvp
-def _fixed_vectors(_op: Operator, vectors: PyTree) -> PyTree:
-    """The eigenvectors that ∂λ = vᵀ (∂A) v holds fixed, which makes its own derivative wrong: that is refused."""
-    return vectors
-
-
-@_fixed_vectors.def_jvp
-def _fixed_vectors_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-    if jtu.tree_leaves(tangents):
-        raise ValueError("`eigsh` has no second derivative of an eigenvalue, only the first.")
-    return primals[1], jtu.tree_map(jnp.zeros_like, primals[1])

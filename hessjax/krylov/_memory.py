@@ -1,28 +1,114 @@
-"""How many basis vectors a solve may keep."""
+"""How many basis vectors a solve keeps, and the memory that it takes."""
 
 import os
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
-from hessjax._vectors import size_of
+from hessjax._function import as_integer
+from hessjax._vectors import scalar_dtype, size_of
+from hessjax.krylov._basis import block_sizes
+from hessjax.operators._operator import Operator, as_operator
 
-_SHARE = 8  # the basis may take an eighth of the device's memory
+_SHARE = 8  # by default a solve may take an eighth of the device's memory
 _SPARE = 256  # Krylov dimensions beyond k; a larger projected problem costs more than the products it saves
+_WORKING = 12  # vectors beside the basis and the results: measured on compiled programs, 10 to 12
+_SQUARES = 8  # matrices of the projected problem's size
 
 
-def default_ncv(structure: PyTree[jax.ShapeDtypeStruct], k: int) -> int:
+def memory_estimate(
+    op: Operator | Any, k: Any = 6, ncv: Any = None, *, basis_dtype: Any = None, like: PyTree | None = None
+) -> int:
+    """The bytes that `eigsh` will hold at its peak, beside what a product itself needs.
+
+    ncv + 2k + 12 vectors at most, and a few ncv × ncv matrices. The true figure of a compiled program is XLA's own,
+    `jax.jit(f).lower(...).compile().memory_analysis()`; it includes the product's memory.
+
+    Args:
+        op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
+        k: number of eigenpairs.
+        ncv: Krylov dimension; None for the one that `eigsh` would choose.
+        basis_dtype: the dtype of the stored basis, as in `eigsh`.
+        like: a pytree shaped as the vectors, when `op` is a plain function.
+
+    Raises:
+        ValueError: `k` or `ncv` is out of range.
+        TypeError: `basis_dtype` is no floating-point dtype.
+
+    Example:
+        >>> import hessjax as hj, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: 2 * v, like=jnp.zeros(100_000, jnp.float32))
+        >>> round(hj.memory_estimate(A, 6, 40) / 1e6)  # megabytes
+        26
+    """
+    structure = as_operator(op, like).structure
+    n = size_of(structure)
+    k = as_integer("k", k)
+    if not 1 <= k <= n:
+        raise ValueError(f"`memory_estimate` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
+    ncv = default_ncv(structure, k) if ncv is None else as_integer("ncv", ncv)
+    if not k <= ncv <= n:
+        raise ValueError(f"`memory_estimate` needs {k} <= `ncv` <= {n}, got {ncv}.")
+    return _bytes(structure, k, ncv, storage_name(basis_dtype, structure))
+
+
+def default_ncv(
+    structure: PyTree[jax.ShapeDtypeStruct], k: int, limit: int | None = None, storage: str | None = None
+) -> int:
     """The Krylov dimension: k + 256 where memory allows, never less than SciPy's max(2k + 1, 20) nor more than n.
 
     Args:
         structure: of one vector.
         k: number of eigenpairs.
+        limit: bytes that may be used, by default a share of the device's memory.
+        storage: the dtype of the stored basis, None for the vectors' own.
+
+    Raises:
+        ValueError: a given limit does not even hold SciPy's dimension.
     """
-    limit = _device_memory() // _SHARE
-    bytes_per_vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure))
-    affordable = limit // max(bytes_per_vector, 1) - k - 12
-    return min(size_of(structure), max(2 * k + 1, 20, min(k + _SPARE, affordable)))
+    n = size_of(structure)
+    least, most = min(n, max(2 * k + 1, 20)), min(n, max(2 * k + 1, 20, k + _SPARE))
+    budget = _device_memory() // _SHARE if limit is None else limit
+    fitting = [ncv for ncv in range(least, most + 1) if _bytes(structure, k, ncv, storage) <= budget]
+    if limit is not None and not fitting:
+        raise ValueError(
+            f"`memory_limit` = {limit:,} bytes does not hold the smallest Krylov dimension {least}, which needs "
+            f"{_bytes(structure, k, least, storage):,}. Raise it, give a smaller `ncv`, or `basis_dtype='bfloat16'`."
+        )
+    return max(fitting, default=least)
+
+
+def storage_name(dtype: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> str | None:
+    """The name of a storage dtype, None where it is not narrower than the vectors' own.
+
+    Raises:
+        TypeError: it is no floating-point dtype.
+    """
+    if dtype is None:
+        return None
+    try:
+        wanted = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {dtype!r}.") from None
+    if not jnp.issubdtype(wanted, jnp.floating):
+        raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {wanted}.")
+    narrowest = min((leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure)), default=0)
+    return wanted.name if wanted.itemsize < narrowest else None
+
+
+def _bytes(structure: PyTree[jax.ShapeDtypeStruct], k: int, ncv: int, storage: str | None) -> int:
+    leaves = jtu.tree_leaves(structure)
+    vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in leaves)
+    rows = ncv + 2
+    basis = rows * vector if storage is None else rows * size_of(structure) * np.dtype(jnp.dtype(storage)).itemsize
+    # A narrow block is widened, one at a time, where it meets a vector.
+    widened = 0 if storage is None else max(block_sizes(rows)) * vector
+    square = _SQUARES * rows**2 * np.dtype(scalar_dtype(structure)).itemsize
+    return basis + widened + (2 * k + _WORKING - 2) * vector + square
 
 
 def _device_memory() -> int:

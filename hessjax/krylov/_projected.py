@@ -115,6 +115,7 @@ def preference(values: Array, live: Array, which: str) -> Int[Array, " rows"]:
         "LA": from_top,
         "SA": position,
         "BE": jnp.minimum(2 * from_top, 2 * position + 1),  # in turn, the high end first
+        "SM": jnp.abs(values),
     }[which]
     return jnp.argsort(jnp.where(live, rank, jnp.inf), stable=True)
 
@@ -124,6 +125,21 @@ def neighbour_gaps(values: Float[Array, " rows"], live: Bool[Array, " rows"]) ->
     steps = jnp.where(live[1:], values[1:] - values[:-1], jnp.inf)
     edge = jnp.full((1,), jnp.inf, values.dtype)
     return jnp.minimum(jnp.concatenate([edge, steps]), jnp.concatenate([steps, edge]))
+
+
+def isolation(
+    values: Float[Array, " k"], residuals: Float[Array, " k"], thresholds: Float[Array, " 2"]
+) -> Float[Array, " k"]:
+    """A lower bound of the distance from each of k Ritz values to all eigenvalues but its own; 0 if there is none.
+
+    Given that no eigenvalue beyond the thresholds is missing. Then those beyond them and the Ritz values there match
+    one to one, each pair within ‖R‖ for the matrix R of residuals (Parlett, section 11.5), and all others lie between
+    the thresholds.
+    """
+    reach = jnp.max(residuals) * values.size**0.5
+    to_wanted = neighbour_gaps(values, jnp.ones(values.size, bool)) - reach
+    to_unseen = jnp.maximum(values - thresholds[1], thresholds[0] - values)
+    return jnp.maximum(jnp.minimum(to_wanted, to_unseen), 0)
 
 
 class Verdict(eqx.Module):
@@ -151,21 +167,22 @@ def judge(
     order: Int[Array, " rows"],
     which: str,
     k: int,
-    tol: Scalar,
+    promises: Float[Array, " rows"],
     scale: Scalar,
     noise: Scalar,
     rounding: Scalar,
     eps: float,
 ) -> Verdict:
-    """Compares the wanted pairs' residuals with the promise tol · max(eps^(2/3) ‖A‖, |t|).
+    """Compares the wanted pairs' residuals with what was promised of them.
 
     Args:
         ritz: the current Ritz pairs.
         order: their `preference`.
         which: LM, LA, SA or BE.
         k: how many.
-        tol: relative tolerance; 0 asks for what the dtype allows, 4 · noise, but at most two thousand rounding
-            units, since more than that is no rounding error. No bound is below `rounding`.
+        promises: for every Ritz pair the residual up to which it counts as converged, but no bound is below `rounding`.
+            0 asks for what the dtype allows: 4 · noise, but at most two thousand rounding units, since more than that
+            is no rounding error.
         scale: an estimate of ‖A‖.
         noise: the norm of the error that one product makes.
         rounding: the part of it that is due to rounding.
@@ -173,27 +190,28 @@ def judge(
     """
     wanted = jnp.sort(order[:k])
     values, estimates = ritz.values[wanted], ritz.residuals[wanted]
-    promise = tol * jnp.maximum(eps ** (2 / 3) * scale, jnp.abs(values))
+    promise = promises[wanted]
     lowest, highest = min(16 * eps, eps**0.5) * scale, min(2000 * eps, eps**0.5) * scale
-    bounds = jnp.where(tol > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
+    bounds = jnp.where(promise > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
     least = jnp.maximum(min(64 * eps, eps**0.5) * scale, jnp.finfo(values.dtype).tiny)
-    slack = jnp.maximum(jnp.maximum(bounds, residuals), least)
-    thresholds = _thresholds(values, slack, which)
+    least = jnp.maximum(least, noise)
+    thresholds = _thresholds(values, jnp.maximum(jnp.maximum(bounds, residuals), least), least, which)
     return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)
 
 
-def _thresholds(values: Float[Array, " k"], slack: Float[Array, " k"], which: str) -> Float[Array, " 2"]:
+def _thresholds(values: Float[Array, " k"], slack: Float[Array, " k"], least: Scalar, which: str) -> Float[Array, " 2"]:
     """(low, high): where an eigenvalue that is not among the ascending wanted `values` would be a miss.
 
-    Each stands `slack` beyond the outermost wanted value, or beyond the cluster in which that value lies: closer to a
-    value that was found, the count of eigenvalues beyond the threshold would hang on rounding.
+    Each stands `slack` beyond the innermost wanted value, and not within `least` of another one but beyond the cluster
+    in which that lies: so close to a value that was found, the count of eigenvalues beyond the threshold would hang on
+    rounding.
     """
 
     def beyond(values: Array, slack: Array) -> Array:
-        reach = values + slack
-        apart = values[1:] - slack[1:] > reach[:-1]
+        reach = jnp.maximum(values[0] + slack[0], values + least)
+        apart = values[1:] - least > reach[:-1]
         return reach[jnp.argmax(jnp.append(apart, True))]
 
     k, infinity = values.size, jnp.array(jnp.inf, values.dtype)

@@ -49,6 +49,7 @@ class Plan(eqx.Module):
         ncv: expanded rows before a restart.
         maxiter: restarts before giving up, the first fill counted.
         random_start: the start is one random vector, which can certify a single pair without a probe.
+        storage: the dtype in which basis vectors are kept, None for their own.
     """
 
     which: str = eqx.field(static=True)
@@ -56,6 +57,7 @@ class Plan(eqx.Module):
     ncv: int = eqx.field(static=True)
     maxiter: int = eqx.field(static=True)
     random_start: bool = eqx.field(static=True)
+    storage: str | None = eqx.field(static=True, default=None)
 
     @property
     def keep(self) -> int:
@@ -101,23 +103,34 @@ class Turn(eqx.Module):
 
 
 class Iteration(eqx.Module):
-    """The solver as init / step / run."""
+    """The solver as init / step / run.
+
+    Attributes:
+        op: the operator.
+        plan: what to compute.
+        tol: relative tolerance, 0 for what the dtype allows.
+        key: draws the certificate's directions.
+        floor: the noise of a product that is already known.
+    """
 
     op: Operator
     plan: Plan
     tol: Scalar
     key: PRNGKeyArray
+    floor: Scalar
 
     @property
     def eps(self) -> float:
-        return epsilon(self.op.structure)
+        """The rounding unit of what is stored and multiplied."""
+        stored = 0.0 if self.plan.storage is None else float(jnp.finfo(self.plan.storage).eps)
+        return max(epsilon(self.op.structure), stored)
 
-    def init(self, start: PyTree[Array]) -> tuple[Basis, State]:
+    def init(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
         """Frontier rows from the orthonormalised start block, leaving out what depends on earlier ones."""
         structure = self.op.structure
         dtype = scalar_dtype(structure)
         block = jtu.tree_leaves(start)[0].shape[0]
-        rows = self.plan.ncv + self.plan.k + 4 + block
+        rows = self.plan.ncv + block + 1
 
         def fill(index: Array, carry: tuple[Basis, Array]) -> tuple[Basis, Array]:
             basis, count = carry
@@ -128,7 +141,7 @@ class Iteration(eqx.Module):
             good = left > 64 * self.eps
             return basis.set_row(jnp.where(good, count, rows), divide(vector, left)), count + good
 
-        empty, integer = Basis.zeros(structure, rows), jnp.zeros((), jnp.int32)
+        empty, integer = Basis.zeros(structure, rows, self.plan.storage), jnp.zeros((), jnp.int32)
         basis, count = lax.fori_loop(0, block, fill, (empty, integer))
         zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
         state = State(
@@ -145,15 +158,15 @@ class Iteration(eqx.Module):
             next_look=integer,
             seeded=jnp.asarray(self.plan.k == 1 and self.plan.random_start) & (self.tol > 1000 * self.eps),
             restarts=integer,
-            num_matvecs=integer,
+            num_matvecs=jnp.asarray(spent, jnp.int32),
             status=integer,
         )
         return basis, state
 
-    def run(self, start: PyTree[Array]) -> tuple[Basis, State]:
-        """Steps from a start block until the status is no longer RUNNING."""
+    def run(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
+        """Steps from a start block, for which `spent` products were made, until the status is no longer RUNNING."""
         return lax.while_loop(
-            lambda carry: carry[1].status == RUNNING, lambda carry: self.step(*carry), self.init(start)
+            lambda carry: carry[1].status == RUNNING, lambda carry: self.step(*carry), self.init(start, spent)
         )
 
     def noise(self, state: State) -> Scalar:
@@ -164,7 +177,7 @@ class Iteration(eqx.Module):
         """
         total, samples = state.deviation
         asymmetry = state.scale * jnp.sqrt(self.op.size * total / jnp.maximum(samples, 1))
-        return jnp.maximum(self.rounding(state), asymmetry)
+        return jnp.maximum(jnp.maximum(self.rounding(state), asymmetry), self.floor)
 
     def rounding(self, state: State) -> Scalar:
         """What rounding alone adds to a residual: it grows like a random walk over the products, √m eps ‖A‖."""
@@ -173,7 +186,11 @@ class Iteration(eqx.Module):
     def judge(self, state: State) -> Verdict:
         """What the current Ritz pairs say about the wanted ones."""
         which, k, noise, rounding = self.plan.which, self.plan.k, self.noise(state), self.rounding(state)
-        return judge(state.ritz, state.order, which, k, self.tol, state.scale, noise, rounding, self.eps)
+        return judge(state.ritz, state.order, which, k, self.promises(state), state.scale, noise, rounding, self.eps)
+
+    def promises(self, state: State) -> Float[Array, " rows"]:
+        """The residual up to which each Ritz pair counts as converged: tol · max(eps^(2/3) ‖A‖, |t|)."""
+        return self.tol * jnp.maximum(self.eps ** (2 / 3) * state.scale, jnp.abs(state.ritz.values))
 
     def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""

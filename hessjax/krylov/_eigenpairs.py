@@ -1,0 +1,68 @@
+"""`Eigenpairs`: what an eigensolver returns, with what is known of its errors."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+
+class Eigenpairs(eqx.Module):
+    """k eigenpairs of a symmetric operator, with what is known of their errors.
+
+    Attributes:
+        eigenvalues: (k,), ascending.
+        eigenvectors: the operator's structure with a leading axis k on every leaf, or None. Orthonormal; the entry of
+            largest magnitude is positive. Constants under differentiation.
+        residuals: (k,), ‖Av - λv‖, absolute; never reported below the noise of one product.
+        converged: (k,). If all are true, these are the pairs that `which` asks for.
+        gaps: (k,), the distance from each eigenvalue to the nearest other one that was seen, wanted or not. Where it
+            does not exceed the residuals, the eigenvalue may be repeated: see `simple`.
+        isolation: (k,), a lower bound of the distance from each eigenvalue to the rest of the spectrum, seen or not;
+            0 where none is known.
+        noise: the norm of the error that one product makes, as far as it showed: rounding, or asymmetry.
+        num_matvecs: products spent, checks included.
+    """
+
+    eigenvalues: Float[Array, " k"]
+    eigenvectors: PyTree[Float[Array, "k ..."]] | None
+    residuals: Float[Array, " k"]
+    converged: Bool[Array, " k"]
+    gaps: Float[Array, " k"]
+    isolation: Float[Array, " k"]
+    noise: Scalar
+    num_matvecs: Int[Array, ""]
+
+    @property
+    def simple(self) -> Bool[Array, " k"]:
+        """(k,): which eigenvalues are known to be simple, so that their own derivative exists.
+
+        An eigenvalue's true gap is within its own and its neighbour's residual of the one that was seen; here the gap
+        must exceed ten residuals.
+        """
+        return self.gaps > 10 * jnp.max(self.residuals)
+
+    @property
+    def error_bounds(self) -> Float[Array, " k"]:
+        """(k,): how far each eigenvalue can be from a true one.
+
+        The residual r always bounds it. Where the rest of the spectrum is known to be at a distance d > r, the
+        Kato-Temple bound r²/d does too. That is so for all but the innermost of the wanted values, next to which an
+        unwanted one may lie as close as it likes: ask for k + 1 to have the sharp bound on k.
+
+        Source: Parlett, The Symmetric Eigenvalue Problem, section 10.2.
+        """
+        sharp = self.residuals * self._sines()
+        return jnp.where(self.isolation > self.residuals, sharp, self.residuals)
+
+    @property
+    def angle_bounds(self) -> Float[Array, " k"]:
+        """(k,): the largest angle, in radians, between each eigenvector and a true one.
+
+        By the theorem of Davis and Kahan its sine is at most r/d, with r the residual and d the `isolation`. π/2 where
+        nothing is known: next to an unwanted eigenvalue, or inside a cluster, of which only the span is determined.
+
+        Source: Davis and Kahan, The rotation of eigenvectors by a perturbation, doi:10.1137/0707001.
+        """
+        return jnp.where(self.isolation > self.residuals, jnp.arcsin(self._sines()), jnp.pi / 2)
+
+    def _sines(self) -> Float[Array, " k"]:
+        return jnp.minimum(self.residuals / jnp.where(self.isolation > 0, self.isolation, 1), 1)
