@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
 
 _SMALLEST_BLOCK = 32
+_WIDENED = 16  # rows of a narrow basis that are widened at a time where they meet a vector
 _CHUNK = 1 << 14  # columns rotated at a time, at most
 
 
@@ -31,26 +32,37 @@ def block_sizes(num_rows: int) -> list[int]:
     return sizes
 
 
+def rows_held(num_rows: int, storage: str | None) -> int:
+    """How many rows a basis has that must hold `num_rows`: a narrow one is read in parts of equal length."""
+    return num_rows if storage is None else -(-num_rows // _WIDENED) * _WIDENED
+
+
 class Basis(eqx.Module):
     """Up to `num_rows` vectors, of which the caller knows the live ones.
 
     Attributes:
-        blocks: rows of the vectors, in the dtype in which they are kept.
+        blocks: rows of the vectors, as they are kept.
         dtypes: those of the vectors' own leaves, in which they come and go.
+        storage: the narrower dtype in which rows are kept, None for their own.
     """
 
     blocks: tuple[PyTree[Array], ...]
     dtypes: tuple[np.dtype, ...] = eqx.field(static=True)
+    storage: str | None = eqx.field(static=True)
 
     @classmethod
     def zeros(cls, structure: PyTree[jax.ShapeDtypeStruct], num_rows: int, storage: str | None = None) -> "Basis":
         """An empty basis for vectors of the given structure, kept in the dtype `storage` or their own."""
+        sizes = block_sizes(rows_held(num_rows, storage))
         return cls(
             tuple(
-                jtu.tree_map(lambda leaf, rows=rows: jnp.zeros((rows, *leaf.shape), storage or leaf.dtype), structure)
-                for rows in block_sizes(num_rows)
+                jtu.tree_map(
+                    lambda leaf, rows=rows: _kept(jnp.zeros((rows, *leaf.shape), leaf.dtype), storage), structure
+                )
+                for rows in sizes
             ),
             tuple(leaf.dtype for leaf in jtu.tree_leaves(structure)),
+            storage,
         )
 
     @property
@@ -68,7 +80,7 @@ class Basis(eqx.Module):
         which = sum((index >= start).astype(jnp.int32) for start in starts) - 1
 
         def reader(block: PyTree, start: int):
-            return lambda: self._cast(
+            return lambda: self._open(
                 jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
             )
 
@@ -81,12 +93,12 @@ class Basis(eqx.Module):
             local = jnp.clip(index - start, 0, rows - 1)
             inside = (index >= start) & (index < start + rows)
             old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
-            new = select(inside, jtu.tree_map(lambda x, y: x.astype(y.dtype), vector, old), old)
+            new = select(inside, jtu.tree_map(lambda x: _kept(x, self.storage), vector), old)
             blocks.append(
                 jtu.tree_map(lambda leaf, x, at=local: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
             )
             start += rows
-        return Basis(tuple(blocks), self.dtypes)
+        return Basis(tuple(blocks), self.dtypes, self.storage)
 
     def project(
         self,
@@ -108,7 +120,8 @@ class Basis(eqx.Module):
         """
         dtype = scalar_dtype(vector)
 
-        def visit(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+        def meet(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+            block = self._open(block)
             parts = jtu.tree_map(
                 lambda rows, x: contract(rows, x, (tuple(range(1, rows.ndim)), tuple(range(x.ndim))), dtype),
                 block,
@@ -119,6 +132,16 @@ class Basis(eqx.Module):
             return coefficients, jtu.tree_map(
                 lambda rows, x: (x + contract(change, rows, (0, 0), dtype)).astype(x.dtype), block, vector
             )
+
+        def visit(block: PyTree, vector: PyTree, remove: Array, add: Array) -> tuple[Array, PyTree]:
+            if self.storage is None:
+                return meet(block, vector, remove, add)
+
+            def step(vector: PyTree, part: tuple[PyTree, Array, Array]) -> tuple[PyTree, Array]:
+                return meet(part[0], vector, *part[1:])[::-1]
+
+            vector, coefficients = lax.scan(step, vector, _in_parts((block, remove, add)))
+            return coefficients.reshape(-1), vector
 
         def skip(_block: PyTree, vector: PyTree, remove: Array, _add: Array) -> tuple[Array, PyTree]:
             return jnp.zeros(remove.shape, dtype), vector
@@ -169,12 +192,19 @@ class Basis(eqx.Module):
     def combine(self, weights: Float[Array, "num_rows k"], read: Bool[Array, " num_rows"]) -> PyTree:
         """The k combinations Qw as one pytree with leading axis k."""
         k, start = weights.shape[1], 0
-        out = self._cast(jtu.tree_map(lambda leaf: jnp.zeros((k, *leaf.shape[1:]), leaf.dtype), self.blocks[0]))
+        out = self._open(jtu.tree_map(lambda leaf: jnp.zeros((k, *leaf.shape[1:]), leaf.dtype), self.blocks[0]))
+
+        def add(block: PyTree, out: PyTree, weights: Array) -> PyTree:
+            return jtu.tree_map(
+                lambda rows, x: (x + contract(weights, rows, (0, 0), weights.dtype)).astype(x.dtype),
+                self._open(block),
+                out,
+            )
 
         def accumulate(block: PyTree, out: PyTree, weights: Array) -> PyTree:
-            return jtu.tree_map(
-                lambda rows, x: (x + contract(weights, rows, (0, 0), weights.dtype)).astype(x.dtype), block, out
-            )
+            if self.storage is None:
+                return add(block, out, weights)
+            return lax.scan(lambda out, part: (add(part[0], out, part[1]), None), out, _in_parts((block, weights)))[0]
 
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             here = slice(start, start + rows)
@@ -192,19 +222,43 @@ class Basis(eqx.Module):
         leaves = [jtu.tree_leaves(block) for block in self.blocks]
         treedef = jtu.tree_structure(self.blocks[0])
         chunk = min(max(self.width // transform.shape[0], 64), _CHUNK)
-        columns = [_rotate_leaf(list(parts), transform, when, chunk) for parts in zip(*leaves, strict=True)]
-        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)), self.dtypes)
+        columns = [
+            _rotate_leaf(list(parts), transform, when, chunk, self.storage) for parts in zip(*leaves, strict=True)
+        ]
+        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)), self.dtypes, self.storage)
 
-    def _cast(self, vector: PyTree) -> PyTree:
-        leaves, treedef = jtu.tree_flatten(vector)
-        return treedef.unflatten([leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)])
+    def _open(self, rows: PyTree) -> PyTree:
+        """Kept rows in the vectors' own dtypes."""
+        leaves, treedef = jtu.tree_flatten(rows)
+        pairs = zip(leaves, self.dtypes, strict=True)
+        return treedef.unflatten([_given(leaf, self.storage, dtype) for leaf, dtype in pairs])
 
     def stack(self) -> PyTree:
         """All rows in one pytree with leading axis `num_rows`."""
         return jtu.tree_map(lambda *rows: jnp.concatenate(rows), *self.blocks)
 
 
-def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int) -> list[Array]:
+def _kept(x: Array, storage: str | None) -> Array:
+    """Rows as they are kept. Halves are kept as integers: XLA:CPU widens whole arrays of them to update one row."""
+    if storage is None:
+        return x
+    narrow = x.astype(storage)
+    return narrow if narrow.dtype.itemsize > 2 else lax.bitcast_convert_type(narrow, jnp.uint16)
+
+
+def _given(x: Array, storage: str | None, dtype: Any) -> Array:
+    """The inverse of `_kept`, up to rounding."""
+    if storage is None:
+        return x
+    return (x if x.dtype.itemsize > 2 else lax.bitcast_convert_type(x, jnp.dtype(storage))).astype(dtype)
+
+
+def _in_parts(tree: PyTree) -> PyTree:
+    """Splits the leading axis of every leaf into parts of `_WIDENED` rows."""
+    return jtu.tree_map(lambda rows: rows.reshape(-1, _WIDENED, *rows.shape[1:]), tree)
+
+
+def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int, storage: str | None) -> list[Array]:
     """Rotates one leaf of every block, chunk by chunk along its flattened columns."""
     shapes = [part.shape for part in parts]
     width = math.prod(shapes[0][1:])
@@ -212,7 +266,8 @@ def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int) 
 
     def rotated(parts: list[Array], start: Array | int, size: int) -> list[Array]:
         cut = [lax.dynamic_slice_in_dim(part, start, size, 1) for part in parts]
-        new = contract(transform.T, jnp.concatenate(cut), 1, transform.dtype).astype(parts[0].dtype)
+        rows = _given(jnp.concatenate(cut), storage, transform.dtype)
+        new = _kept(contract(transform.T, rows, 1, transform.dtype), storage).astype(parts[0].dtype)
         out, row = [], 0
         for part in parts:
             piece = new[row : row + part.shape[0]]

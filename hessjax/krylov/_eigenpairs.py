@@ -45,13 +45,13 @@ class Eigenpairs(eqx.Module):
         """(k,): how far each eigenvalue can be from a true one.
 
         The residual r always bounds it. Where the rest of the spectrum is known to be at a distance d > r, the
-        Kato-Temple bound r²/d does too. That is so for all but the innermost of the wanted values, next to which an
-        unwanted one may lie as close as it likes: ask for k + 1 to have the sharp bound on k.
+        Kato-Temple bound r²/d does too, down to `noise`. That is so for all but the innermost wanted value, next
+        to which an unwanted one may lie as close as it likes: ask for k + 1 to have the sharp bound on k.
 
         Source: Parlett, The Symmetric Eigenvalue Problem, section 10.2.
         """
-        sharp = self.residuals * self._sines()
-        return jnp.where(self.isolation > self.residuals, sharp, self.residuals)
+        sharp = jnp.maximum(self.residuals * self._sines(), self.noise)
+        return jnp.where(self.isolation > self.residuals, jnp.minimum(sharp, self.residuals), self.residuals)
 
     @property
     def angle_bounds(self) -> Float[Array, " k"]:

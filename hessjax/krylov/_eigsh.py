@@ -94,9 +94,9 @@ def eigsh(
         finite ends the iteration, with `converged` False throughout.
 
     Raises:
-        ValueError: `k`, `ncv`, `maxiter`, `tol` or `which` is out of range, `sigma` came with another `which` than "LM",
-            neither `key` nor `v0` came, `v0` has another structure than the operator, or `memory_limit` does not hold
-            the smallest basis.
+        ValueError: `k`, `ncv`, `maxiter`, `tol` or `which` is out of range, `sigma` came with another `which` than
+            "LM", neither `key` nor `v0` came, `v0` has another structure than the operator, or `memory_limit` does not
+            hold the smallest basis.
         TypeError: `op` is not an operator, or `k`, `ncv`, `maxiter` or `memory_limit` is not an integer, or
             `basis_dtype` no floating-point dtype.
 
@@ -121,7 +121,7 @@ def eigsh(
             raise ValueError(f'`sigma` goes with `which="LM"`, as nearest to it, got {which!r}.')
         which = "SM"
     sigma = _number("sigma", 0.0 if sigma is None else sigma, op, "a finite number.")
-    tol = _number("tol", tol, op, "a finite number of at least 0. 0 asks for what the dtype allows.", least=0)
+    tol = _number("tol", tol, op, "a finite number of at least 0. 0 asks for what the dtype allows.", least=0.0)
     if maxiter is not None and (maxiter := as_integer("maxiter", maxiter)) < 1:
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
     if ncv is not None and not (k < (ncv := as_integer("ncv", ncv)) <= n or k == ncv == n):

@@ -15,7 +15,7 @@ free of that.
 Stages: the first has d = 1 and fills the basis once, unless it is done before. Its Ritz values tell c, and how far the
 wanted eigenvalues are from σ at most; from these follow w and d of the next stage, which starts with the best vectors
 of the last one. After every stage a Rayleigh-Ritz step with A itself resolves eigenvalues at equal distances on both
-sides of σ, and gives true residuals; a few guard vectors beyond the k wanted ones make sure that such partners are there.
+sides of σ, and gives true residuals; a few guard vectors beyond the k wanted ones provide the partners for it.
 
 Sources: Zhou and Saad, A Chebyshev-Davidson algorithm for large symmetric eigenproblems, doi:10.1137/050630404; Wang
 and Zunger, Solving Schrödinger's equation around a desired energy, doi:10.1063/1.466486 (the folded spectrum).

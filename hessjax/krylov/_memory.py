@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import scalar_dtype, size_of
-from hessjax.krylov._basis import block_sizes
+from hessjax.krylov._basis import rows_held
 from hessjax.operators._operator import Operator, as_operator
 
 _SHARE = 8  # by default a solve may take an eighth of the device's memory
@@ -94,7 +94,7 @@ def storage_name(dtype: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> str | N
         wanted = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {dtype!r}.") from None
-    if not jnp.issubdtype(wanted, jnp.floating):
+    if not jnp.issubdtype(wanted, jnp.floating) or wanted.itemsize < 2:
         raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {wanted}.")
     narrowest = min((leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure)), default=0)
     return wanted.name if wanted.itemsize < narrowest else None
@@ -103,10 +103,9 @@ def storage_name(dtype: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> str | N
 def _bytes(structure: PyTree[jax.ShapeDtypeStruct], k: int, ncv: int, storage: str | None) -> int:
     leaves = jtu.tree_leaves(structure)
     vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in leaves)
-    rows = ncv + 2
+    rows = rows_held(ncv + 2, storage)
     basis = rows * vector if storage is None else rows * size_of(structure) * np.dtype(jnp.dtype(storage)).itemsize
-    # A narrow block is widened, one at a time, where it meets a vector.
-    widened = 0 if storage is None else max(block_sizes(rows)) * vector
+    widened = 0 if storage is None else rows_held(1, storage) * vector  # where rows meet a vector
     square = _SQUARES * rows**2 * np.dtype(scalar_dtype(structure)).itemsize
     return basis + widened + (2 * k + _WORKING - 2) * vector + square
 

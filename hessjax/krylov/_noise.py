@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import PRNGKeyArray, Scalar
 
-from hessjax._vectors import divide, draw, inner, norm, subtract
+from hessjax._vectors import divide, draw, inner, norm
 from hessjax.operators._operator import Operator
 
 NOISE_PRODUCTS = 3
@@ -23,4 +23,4 @@ def product_noise(op: Operator, key: PRNGKeyArray) -> Scalar:
     images = lax.map(lambda v: op.product(v), jtu.tree_map(lambda a, b: jnp.stack([a, a, b]), u, w))
     once, again, other = (jtu.tree_map(lambda leaf, i=i: leaf[i], images) for i in range(NOISE_PRODUCTS))
     asymmetry = jnp.abs(inner(w, once) - inner(u, other)) * (op.size / 2) ** 0.5
-    return jnp.maximum(norm(subtract(once, 1, again)), asymmetry)
+    return jnp.maximum(norm(jtu.tree_map(jnp.subtract, once, again)), asymmetry)

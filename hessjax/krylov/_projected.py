@@ -195,7 +195,7 @@ def judge(
     bounds = jnp.where(promise > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
-    least = jnp.maximum(min(64 * eps, eps**0.5) * scale, jnp.finfo(values.dtype).tiny)
+    least = jnp.maximum(min(64 * eps, eps**0.5 / 8) * scale, jnp.finfo(values.dtype).tiny)
     least = jnp.maximum(least, noise)
     thresholds = _thresholds(values, jnp.maximum(jnp.maximum(bounds, residuals), least), least, which)
     return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)

@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
-from hessjax.krylov._basis import Basis
+from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
 from hessjax.operators._operator import Operator
@@ -130,7 +130,7 @@ class Iteration(eqx.Module):
         structure = self.op.structure
         dtype = scalar_dtype(structure)
         block = jtu.tree_leaves(start)[0].shape[0]
-        rows = self.plan.ncv + block + 1
+        rows = rows_held(self.plan.ncv + block + 1, self.plan.storage)
 
         def fill(index: Array, carry: tuple[Basis, Array]) -> tuple[Basis, Array]:
             basis, count = carry

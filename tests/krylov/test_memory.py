@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import Diagonal
+
+import hessjax as hj
+from hessjax.krylov._memory import default_ncv
+
+N = 20_000
+
+
+def peak(k, ncv, storage=None, n=N):
+    """Bytes of the compiled program: XLA's own figure."""
+
+    def solve(values, key):
+        return hj.eigsh(Diagonal(values), k, key, which="LA", tol=1e-3, ncv=ncv, basis_dtype=storage)
+
+    compiled = jax.jit(solve).lower(jnp.linspace(0.0, 1.0, n), jax.random.key(0)).compile()
+    analysis = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+@pytest.mark.parametrize(("k", "ncv"), [(1, 20), (6, 100)])
+def test_compiled_program_holds_what_was_promised(k, ncv):
+    op = Diagonal(jnp.linspace(0.0, 1.0, N))
+    measured, estimate = peak(k, ncv), hj.memory_estimate(op, k, ncv)
+    vectors = (ncv + 2 * k + 12) * N * 4
+    assert measured <= vectors + 50 * ncv**2 * 4
+    assert 0.8 * measured <= estimate <= 1.2 * measured
+
+
+def test_narrow_basis_saves_memory():
+    narrow = peak(6, 100, "bfloat16")
+    assert narrow <= 0.75 * peak(6, 100)
+    estimate = hj.memory_estimate(Diagonal(jnp.zeros(N)), 6, 100, basis_dtype="bfloat16")
+    assert 0.8 * narrow <= estimate <= 1.25 * narrow
+
+
+def test_limit_sets_the_krylov_dimension(key):
+    structure, op = jax.ShapeDtypeStruct((N,), jnp.float32), Diagonal(jnp.linspace(0.0, 1.0, N))
+    limit = hj.memory_estimate(op, 6, 50)
+    assert default_ncv(structure, 6, limit) == 50
+    assert default_ncv(structure, 6, limit - 1) == 49
+    assert default_ncv(structure, 6, 10**12) == 6 + 256
+    pairs = hj.eigsh(op, 6, key, which="LA", tol=1e-2, memory_limit=limit)
+    assert pairs.eigenvalues.shape == (6,)
+    with pytest.raises(ValueError, match=r"`memory_limit` = 1,000 bytes.*20"):
+        hj.eigsh(op, 6, key, memory_limit=1000)
+
+
+def test_default_dimension_is_never_below_scipys():
+    structure = jax.ShapeDtypeStruct((10**13,), jnp.float32)  # no machine holds one vector
+    assert default_ncv(structure, 3) == 20
+    assert default_ncv(structure, 40) == 81
+    assert default_ncv(jax.ShapeDtypeStruct((30,), jnp.float32), 25) == 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(k=0), ValueError, "got 0"),
+        (dict(k=6, ncv=N + 1), ValueError, f"got {N + 1}"),
+        (dict(k=6, basis_dtype="int8"), TypeError, "int8"),
+        (dict(k=6, basis_dtype="abc"), TypeError, "'abc'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        hj.memory_estimate(Diagonal(jnp.zeros(N)), **arguments)
