@@ -138,7 +138,8 @@ class Basis(eqx.Module):
                 return meet(block, vector, remove, add)
 
             def step(vector: PyTree, part: tuple[PyTree, Array, Array]) -> tuple[PyTree, Array]:
-                return meet(part[0], vector, *part[1:])[::-1]
+                coefficients, vector = meet(part[0], vector, *part[1:])
+                return vector, coefficients
 
             vector, coefficients = lax.scan(step, vector, _in_parts((block, remove, add)))
             return coefficients.reshape(-1), vector

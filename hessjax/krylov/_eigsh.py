@@ -23,7 +23,8 @@ from hessjax.krylov._interior import nearest_eigenpairs
 from hessjax.krylov._memory import default_ncv, storage_name
 from hessjax.krylov._noise import NOISE_PRODUCTS, product_noise
 from hessjax.krylov._projected import isolation, neighbour_gaps
-from hessjax.krylov._restarted import BROKEN, CERTIFIED, Iteration, Plan, State
+from hessjax.krylov._restarted import Iteration
+from hessjax.krylov._state import BROKEN, CERTIFIED, Plan, State
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 

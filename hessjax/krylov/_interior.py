@@ -34,7 +34,8 @@ from hessjax._vectors import contract, divide, epsilon, norm, scalar_dtype, subt
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import sequential_eigh
 from hessjax.krylov._eigenpairs import Eigenpairs
-from hessjax.krylov._restarted import CERTIFIED, Iteration, Plan, State
+from hessjax.krylov._restarted import Iteration
+from hessjax.krylov._state import CERTIFIED, Plan, State
 from hessjax.operators._operator import Operator
 
 _GUARDS = 4  # vectors beyond the wanted ones

@@ -34,63 +34,10 @@ from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
+from hessjax.krylov._state import BROKEN, CERTIFIED, EXHAUSTED, RUNNING, Plan, State
 from hessjax.operators._operator import Operator
 
-RUNNING, CERTIFIED, EXHAUSTED, BROKEN = range(4)
 IMAGE, PROBE, ROW, DONE = range(4)
-
-
-class Plan(eqx.Module):
-    """What to compute: the static part of a solve.
-
-    Attributes:
-        which: LM, LA, SA or BE.
-        k: the number of pairs.
-        ncv: expanded rows before a restart.
-        maxiter: restarts before giving up, the first fill counted.
-        random_start: the start is one random vector, which can certify a single pair without a probe.
-        storage: the dtype in which basis vectors are kept, None for their own.
-    """
-
-    which: str = eqx.field(static=True)
-    k: int = eqx.field(static=True)
-    ncv: int = eqx.field(static=True)
-    maxiter: int = eqx.field(static=True)
-    random_start: bool = eqx.field(static=True)
-    storage: str | None = eqx.field(static=True, default=None)
-
-    @property
-    def keep(self) -> int:
-        """Ritz vectors kept at a restart: the wanted ones and half of the spare room."""
-        return min(self.k + max((self.ncv - self.k) // 2, 1), self.ncv - 1)
-
-
-class State(eqx.Module):
-    """Where the iteration stands, apart from the basis itself. See the invariants above."""
-
-    vector: PyTree
-    target: Int[Array, ""]
-    projected: Float[Array, "rows rows"]
-    expanded: Bool[Array, " rows"]
-    count: Int[Array, ""]
-    ritz: Ritz
-    order: Int[Array, " rows"]
-    probe: Probe
-    scale: Scalar
-    deviation: Float[Array, " 2"]
-    next_look: Int[Array, ""]
-    seeded: Bool[Array, ""]
-    restarts: Int[Array, ""]
-    num_matvecs: Int[Array, ""]
-    status: Int[Array, ""]
-
-    @property
-    def live(self) -> Bool[Array, " rows"]:
-        return jnp.arange(self.expanded.size) < self.count
-
-    @property
-    def frontier(self) -> Bool[Array, " rows"]:
-        return self.live & ~self.expanded
 
 
 class Turn(eqx.Module):
@@ -224,9 +171,26 @@ class Iteration(eqx.Module):
         finite = jnp.isfinite(size)
         probing = state.probe.active & finite
         expanding = ~state.probe.active & finite & state.live[state.target]
-        scale = jnp.where(finite, jnp.maximum(state.scale, size), state.scale)
+        state, row = self._expand(state, jnp.where(finite, size, 0), coefficients, left, expanding)
+        state, looked = self._look(state, expanding)
+        verdict = self.judge(state)
+        limit = self.op.size / jnp.square(confidence(self.tol))
+        settled, sufficient = self._settle(state, verdict, looked, limit)
+        overlap, floor = jnp.where(state.frontier, coefficients + lift, 0), 8 * self.eps * state.scale
+        probe, z = lax.cond(
+            probing,
+            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, floor),
+            lambda: (state.probe, unit),
+        )
+        state = dataclasses.replace(state, status=jnp.where(finite, state.status, BROKEN))
+        state, source, phase = self._decide(state, verdict, settled, sufficient, probe, z, probing)
+        return state, row, source, phase
 
-        # Expanding: the product is a column of the projected matrix, and its remainder a new frontier row.
+    def _expand(
+        self, state: State, size: Scalar, coefficients: Array, left: Scalar, expanding: Bool[Array, ""]
+    ) -> tuple[State, Int[Array, ""]]:
+        """The product as a column of the projected matrix, and the new frontier row that its remainder becomes."""
+        scale = jnp.maximum(state.scale, size)
         known = state.projected[state.target]
         grows = expanding & (left > 4 * self.eps * scale) & (state.count < self.op.size)
         row = jnp.where(grows, state.count, state.expanded.size)
@@ -236,7 +200,7 @@ class Iteration(eqx.Module):
         surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / _nonzero(scale), 0)
         surprise = jnp.maximum(surprise - 8 * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
-        state = dataclasses.replace(
+        expanded = dataclasses.replace(
             state,
             projected=state.projected.at[:, state.target].set(column).at[state.target].set(column),
             expanded=state.expanded.at[state.target].set(state.expanded[state.target] | expanding),
@@ -245,43 +209,50 @@ class Iteration(eqx.Module):
             deviation=state.deviation + jnp.stack([jnp.sum(jnp.square(surprise)), samples]),
             num_matvecs=state.num_matvecs + 1,
         )
-        state, looked = self._look(state, expanding)
-        verdict = self.judge(state)
-        limit = self.op.size / jnp.square(confidence(self.tol))
-        settled = looked & verdict.settled
-        sufficient = jnp.zeros((), bool)
-        if self.plan.k == 1 and self.plan.random_start:
-            # A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
-            sufficient = lax.cond(
-                settled & state.seeded,
-                lambda: start_suffices(state.ritz, state.frontier, verdict.thresholds, limit),
-                lambda: jnp.zeros((), bool),
-            )
-            settled &= ~state.seeded | sufficient
+        return expanded, row
 
-        # Probing: one more step of the certificate.
-        probe, z = lax.cond(
-            probing,
-            lambda: state.probe.advance(
-                state.vector,
-                rest,
-                jnp.where(state.frontier, coefficients + lift, 0),
-                verdict.thresholds,
-                limit,
-                8 * self.eps * state.scale,
-            ),
-            lambda: (state.probe, unit),
+    def _settle(
+        self, state: State, verdict: Verdict, looked: Bool[Array, ""], limit: Scalar
+    ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Whether the wanted pairs have settled, and whether the start vector itself certifies them.
+
+        A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
+        """
+        settled = looked & verdict.settled
+        no = jnp.zeros((), bool)
+        if self.plan.k > 1 or not self.plan.random_start:
+            return settled, no
+        sufficient = lax.cond(
+            settled & state.seeded,
+            lambda: start_suffices(state.ritz, state.frontier, verdict.thresholds, limit),
+            lambda: no,
         )
+        return settled & (~state.seeded | sufficient), sufficient
+
+    def _decide(
+        self,
+        state: State,
+        verdict: Verdict,
+        settled: Bool[Array, ""],
+        sufficient: Bool[Array, ""],
+        probe: Probe,
+        z: PyTree,
+        probing: Bool[Array, ""],
+    ) -> tuple[State, PyTree, Int[Array, ""]]:
+        """What comes next: another expansion, a probe or its next step, or the end.
+
+        Returns:
+            The state; the direction to orthogonalize, random for a probe or for a space that has closed, the suspect
+            after an alarm; and the phase.
+        """
         needed = jnp.isfinite(verdict.thresholds)
-        complete = jnp.sum(state.expanded) >= self.op.size
+        complete = (jnp.sum(state.expanded) >= self.op.size) | sufficient
         alarm = probing & probe.alarm
         proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
         tired = probing & ~alarm & ~proved & (3 * probe.spent > 200 + 2 * state.num_matvecs)
-        complete |= sufficient
         begins = (settled & ~complete) | (probing & ~alarm & ~proved & ~tired & probe.proved[probe.side])
         starved = ~probing & ~settled & ~jnp.any(state.frontier)
-        status = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, state.status))
-        status = jnp.where(finite, status, BROKEN)
+        ends = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, RUNNING))
 
         suspect = probe.suspect
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
@@ -292,17 +263,15 @@ class Iteration(eqx.Module):
             state,
             probe=probe,
             target=jnp.argmax(self._urgency(state, verdict)).astype(jnp.int32),
-            status=status,
+            status=jnp.maximum(state.status, ends),
         )
-        # The next direction: random for a probe or for a space that has closed, the suspect after an alarm.
         source = lax.cond(
             begins | starved,
             lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
             lambda: select(alarm, suspect, z),
         )
-        more = (begins | starved | alarm) & finite
-        phase = jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
-        return state, row, source, phase
+        more = (begins | starved | alarm) & (state.status != BROKEN)
+        return state, source, jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
 
     def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
         """Examines the Ritz pairs if it is time to, and says whether it did.

@@ -82,13 +82,19 @@ def test_fewer_products_than_scipy(network_hessians, x64):
         for which in ("LA", "SA"):
             for k in (1, 6, 20):
                 for tol in (1e-3, 1e-6):
-                    matrix = CountedMatrix(dense)
-                    start = np.random.default_rng(k).standard_normal(len(dense))
-                    eigsh(matrix, k, which=which, tol=tol, v0=start, return_eigenvectors=False)
-                    pairs = hj.eigsh(model.hessian(), k, jax.random.key(k), which=which, tol=tol)
-                    ratios[stage, which, k, tol] = int(pairs.num_matvecs) / matrix.calls
+                    ours, theirs = 0, 0
+                    for seed in range(3):
+                        matrix = CountedMatrix(dense)
+                        start = np.random.default_rng(seed).standard_normal(len(dense))
+                        eigsh(matrix, k, which=which, tol=tol, v0=start, return_eigenvectors=False)
+                        pairs = hj.eigsh(model.hessian(), k, jax.random.key(seed), which=which, tol=tol)
+                        ours, theirs = ours + int(pairs.num_matvecs), theirs + matrix.calls
+                    ratios[stage, which, k, tol] = ours / theirs
     assert np.exp(np.mean(np.log(list(ratios.values())))) <= 0.65, ratios
-    assert max(ratios.values()) <= 1.25, ratios
+    # Where ARPACK stops at its first test, after 21 products, the certificate's five make up to 1.3.
+    assert max(ratios.values()) <= 1.35, ratios
+    hard = [ratio for (_, which, k, _), ratio in ratios.items() if which == "SA" and k > 1]
+    assert np.exp(np.mean(np.log(hard))) <= 0.35, ratios
 
 
 @pytest.mark.parametrize("k", [2, 6])
