@@ -1,7 +1,7 @@
 """An orthonormal basis of pytree vectors, stored as blocks of rows.
 
 A basis holds up to `num_rows` vectors. It is a tuple of blocks; a block is the vector's pytree with one more leading
-axis, so leaves keep their dtype and sharding. Blocks grow geometrically (32, 48, 80, 128, ...), and a pass over the
+axis, so leaves keep their dtype and sharding. Blocks grow geometrically (16, 48, 112, 256, ...), and a pass over the
 basis skips every block that holds no row to be read. A pass therefore costs the rows in use rather than the capacity,
 and reads them at memory speed; slicing the live rows out of one array would copy them on every pass.
 """
@@ -19,22 +19,23 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
 
-_SMALLEST_BLOCK = 32
-_WIDENED = 16  # rows of a narrow basis that are widened at a time where they meet a vector
+_SMALLEST_BLOCK = 16  # rows; the others are multiples of it, except the last
+_GROWTH = 2.25  # of a block over the one before: more blocks read fewer empty rows, but each is compiled
 _CHUNK = 1 << 14  # columns rotated at a time, at most
 
 
 def block_sizes(num_rows: int) -> list[int]:
-    """Row counts 32, 48, 80, 128, 208, ... that add up to `num_rows`, the last one cut to fit."""
+    """Row counts 16, 48, 112, 256, ... that add up to `num_rows`, the last one cut to fit."""
     sizes: list[int] = []
     while (left := num_rows - sum(sizes)) > 0:
-        sizes.append(min(_SMALLEST_BLOCK if not sizes else 16 * round(sizes[-1] / 10), left))
+        following = sizes[-1] * _GROWTH if sizes else _SMALLEST_BLOCK
+        sizes.append(min(math.ceil(following / _SMALLEST_BLOCK) * _SMALLEST_BLOCK, left))
     return sizes
 
 
 def rows_held(num_rows: int, storage: str | None) -> int:
     """How many rows a basis has that must hold `num_rows`: a narrow one is read in parts of equal length."""
-    return num_rows if storage is None else -(-num_rows // _WIDENED) * _WIDENED
+    return num_rows if storage is None else -(-num_rows // _SMALLEST_BLOCK) * _SMALLEST_BLOCK
 
 
 class Basis(eqx.Module):
@@ -255,8 +256,8 @@ def _given(x: Array, storage: str | None, dtype: Any) -> Array:
 
 
 def _in_parts(tree: PyTree) -> PyTree:
-    """Splits the leading axis of every leaf into parts of `_WIDENED` rows."""
-    return jtu.tree_map(lambda rows: rows.reshape(-1, _WIDENED, *rows.shape[1:]), tree)
+    """Splits the leading axis of every leaf into parts of `_SMALLEST_BLOCK` rows."""
+    return jtu.tree_map(lambda rows: rows.reshape(-1, _SMALLEST_BLOCK, *rows.shape[1:]), tree)
 
 
 def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int, storage: str | None) -> list[Array]:

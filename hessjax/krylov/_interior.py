@@ -202,7 +202,7 @@ def _first(op: Operator, sigma: Scalar, start: PyTree, width: int) -> _Stage:
     unit = divide(first, norm(first))
     size = norm(subtract(op(unit), sigma, unit))
     dtype, zero = scalar_dtype(op.structure), jnp.zeros((), jnp.int32)
-    radius = jnp.where(size == 0, 1, size).astype(dtype)
+    radius = jnp.where((size > 0) & jnp.isfinite(size), size, 1).astype(dtype)
     filter = Filter(op, sigma, radius, jnp.zeros((), dtype), jnp.ones((), jnp.int32))
     unknown = jnp.full(width, jnp.inf, dtype)
     return _Stage(filter, unknown, vectors, unknown, jnp.ones((), dtype), jnp.zeros((), bool), zero, zero + 1)
