@@ -83,6 +83,12 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int = 5
     )
 
 
+def first_call(function: Callable[[], Any]) -> float:
+    """Seconds of a call with JAX's compilation caches emptied before it; blocks on every JAX array returned."""
+    jax.clear_caches()
+    return _seconds(function)
+
+
 def report(name: str, *, sizes: Mapping[str, Any], **fields: Any) -> None:
     """Prints one case as one line of JSON: its name, device, versions, sizes and `fields`, floats to four digits."""
     versions = {package: version(package) for package in ("jax", "numpy", "scipy")} | {"hessjax": hj.__version__}

@@ -35,19 +35,12 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator
 from scipy.sparse.linalg import eigsh as scipy_eigsh
 
 import hessjax as hj
+from benchmarks._cases import Problem
 from benchmarks._harness import CountedProduct, compare, report, summary
 from benchmarks.networks import dense_hessian, digits_mlp
 
 SIZES = (64, 40, 30, 10)
 REPEATS = 3  # pairs of calls after the first: with it, four start vectors
-
-
-class Problem(NamedTuple):
-    """Which eigenpairs are asked for, and how precisely."""
-
-    which: str
-    k: int
-    tol: float
 
 
 class Run(NamedTuple):
