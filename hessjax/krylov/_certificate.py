@@ -153,7 +153,7 @@ class Probe(eqx.Module):
         overlap: Float[Array, " rows"],
         thresholds: Float[Array, " 2"],
         limit: Scalar,
-        floor: Scalar,
+        eps: float,
     ) -> tuple["Probe", PyTree]:
         """One Lanczos step on S.
 
@@ -163,7 +163,7 @@ class Probe(eqx.Module):
             overlap: Fᵀ S z_j.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
-            floor: the size of ‖S z_j - αz_j - βz_(j-1)‖ that rounding explains.
+            eps: the rounding unit.
 
         Returns:
             The next state, and z_(j+1).
@@ -172,8 +172,9 @@ class Probe(eqx.Module):
         alpha = inner(z, image)
         image = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
         beta = norm(image)
-        # Below the noise of a product the run has closed: its space holds no further eigenvalue that z sees.
-        beta = jnp.where(beta <= floor, 0, beta)
+        # Below the rounding of this very subtraction the run has closed: its space holds no further eigenvalue that z
+        # sees. The rounding of a product with A may be far larger, and so may an eigenvalue of S that hides in it.
+        beta = jnp.where(beta <= 8 * eps * jnp.hypot(alpha, self.beta), 0, beta)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
         value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous
         polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _nonzero(beta))

@@ -44,14 +44,14 @@ class Eigenpairs(eqx.Module):
     def error_bounds(self) -> Float[Array, " k"]:
         """(k,): how far each eigenvalue can be from a true one.
 
-        The residual r always bounds it. Where the rest of the spectrum is known to be at a distance d > r, the
-        Kato-Temple bound r²/d does too, down to `noise`. That is so for all but the innermost wanted value, next
-        to which an unwanted one may lie as close as it likes: ask for k + 1 to have the sharp bound on k.
+        The residual r bounds it. Where the rest of the spectrum is known to be at a distance d > r, the Kato-Temple
+        bound r²/d does too: for all but the innermost wanted value, next to which an unwanted one may lie as close as
+        it likes. Ask for k + 1 to have the sharp bound on k. No bound is given below four times the `noise`.
 
         Source: Parlett, The Symmetric Eigenvalue Problem, section 10.2.
         """
-        sharp = jnp.maximum(self.residuals * self._sines(), self.noise)
-        return jnp.where(self.isolation > self.residuals, jnp.minimum(sharp, self.residuals), self.residuals)
+        bound = jnp.where(self.isolation > self.residuals, self.residuals * self._sines(), self.residuals)
+        return jnp.maximum(bound, 4 * self.noise)
 
     @property
     def angle_bounds(self) -> Float[Array, " k"]:

@@ -226,7 +226,7 @@ def _finish(iteration: Iteration, basis: Basis, state: State) -> Eigenpairs:
     good = exist & (verdict.residuals <= verdict.bounds)
     # Without a certificate all k may be eigenpairs and yet not the wanted ones: the outermost is then in doubt.
     edge = state.order[iteration.plan.k - 1]
-    certified = (state.status == CERTIFIED) & jnp.all(good)
+    certified = (state.status == CERTIFIED) & verdict.decisive & jnp.all(good)
     doubt = ~certified & jnp.all(good) & (wanted == edge)
     apart = isolation(values, verdict.residuals, verdict.thresholds)
     return Eigenpairs(

@@ -152,6 +152,7 @@ class Verdict(eqx.Module):
         settled: every wanted pair has converged, or cannot improve for noise.
         unsettled: the wanted pairs of which that is not true.
         thresholds: (low, high): no unseen eigenvalue may lie below low or above high, infinite where any may.
+        decisive: they are near enough to the innermost wanted values to tell that those are the wanted ones.
     """
 
     wanted: Int[Array, " k"]
@@ -160,6 +161,7 @@ class Verdict(eqx.Module):
     settled: Bool[Array, ""]
     unsettled: Bool[Array, " k"]
     thresholds: Float[Array, " 2"]
+    decisive: Bool[Array, ""]
 
 
 def judge(
@@ -195,35 +197,41 @@ def judge(
     bounds = jnp.where(promise > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
-    least = jnp.maximum(min(64 * eps, eps**0.5 / 8) * scale, jnp.finfo(values.dtype).tiny)
+    least = jnp.maximum(min(16 * eps, eps**0.5 / 8) * scale, jnp.finfo(values.dtype).tiny)
     least = jnp.maximum(least, noise)
-    thresholds = _thresholds(values, jnp.maximum(jnp.maximum(bounds, residuals), least), least, which)
-    return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds)
+    thresholds, decisive = _thresholds(values, jnp.maximum(jnp.maximum(bounds, residuals), least), least, which)
+    return Verdict(wanted, residuals, bounds, ~jnp.any(unsettled), unsettled, thresholds, decisive)
 
 
-def _thresholds(values: Float[Array, " k"], slack: Float[Array, " k"], least: Scalar, which: str) -> Float[Array, " 2"]:
+def _thresholds(
+    values: Float[Array, " k"], slack: Float[Array, " k"], least: Scalar, which: str
+) -> tuple[Float[Array, " 2"], Bool[Array, ""]]:
     """(low, high): where an eigenvalue that is not among the ascending wanted `values` would be a miss.
 
     Each stands `slack` beyond the innermost wanted value, and not within `least` of another one but beyond the cluster
     in which that lies: so close to a value that was found, the count of eigenvalues beyond the threshold would hang on
-    rounding.
+    rounding. Where that moves it by more than the slack again, as in a ladder of values that rounding cannot tell
+    apart, it no longer decides which of them are wanted.
     """
 
-    def beyond(values: Array, slack: Array) -> Array:
-        reach = jnp.maximum(values[0] + slack[0], values + least)
+    def beyond(values: Array, slack: Array) -> tuple[Array, Array]:
+        start = values[0] + slack[0]
+        reach = jnp.maximum(start, values + least)
         apart = values[1:] - least > reach[:-1]
-        return reach[jnp.argmax(jnp.append(apart, True))]
+        threshold = reach[jnp.argmax(jnp.append(apart, True))]
+        return threshold, threshold <= start + slack[0]
 
     k, infinity = values.size, jnp.array(jnp.inf, values.dtype)
-    low, high = -infinity, infinity
+    low, high, decisive = -infinity, infinity, jnp.ones((), bool)
     if which == "LM":
         by_magnitude = jnp.argsort(jnp.abs(values))
-        high = beyond(jnp.abs(values)[by_magnitude], slack[by_magnitude])
+        high, decisive = beyond(jnp.abs(values)[by_magnitude], slack[by_magnitude])
         low = -high
     if which in ("LA", "BE"):
         start = 0 if which == "LA" else k // 2
-        high = beyond(values[start:], slack[start:])
+        high, decisive = beyond(values[start:], slack[start:])
     if which == "SA" or (which == "BE" and k > 1):
         end = k if which == "SA" else k // 2
-        low = -beyond(-values[:end][::-1], slack[:end][::-1])
-    return jnp.stack([low, high])
+        negative, also = beyond(-values[:end][::-1], slack[:end][::-1])
+        low, decisive = -negative, decisive & also
+    return jnp.stack([low, high]), decisive

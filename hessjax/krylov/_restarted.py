@@ -176,10 +176,10 @@ class Iteration(eqx.Module):
         verdict = self.judge(state)
         limit = self.op.size / jnp.square(confidence(self.tol))
         settled, sufficient = self._settle(state, verdict, looked, limit)
-        overlap, floor = jnp.where(state.frontier, coefficients + lift, 0), 8 * self.eps * state.scale
+        overlap = jnp.where(state.frontier, coefficients + lift, 0)
         probe, z = lax.cond(
             probing,
-            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, floor),
+            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, self.eps),
             lambda: (state.probe, unit),
         )
         state = dataclasses.replace(state, status=jnp.where(finite, state.status, BROKEN))
