@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from hessjax._vectors import scalar_dtype
 from hessjax.operators import Operator
-from hessjax.operators._operator import as_operator
+from hessjax.operators._operator import as_operator, multiply
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -54,4 +54,4 @@ def as_scipy(op: Operator | Any, *, like: PyTree | None = None) -> "LinearOperat
 
 @eqx.filter_jit
 def _product(op: Operator, vector: PyTree) -> Array:
-    return ravel_pytree(op.product(vector))[0]
+    return ravel_pytree(multiply(op, vector))[0]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from hessjax._function import Function, as_function
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
+from hessjax.operators._convolutions import channel_last
 
 _DENSE_COLUMNS = 32  # products that `Operator.dense` runs together
 
@@ -116,7 +117,7 @@ def _partner(first: Operator, second: Operator) -> Operator:
 
 @eqx.filter_jit
 def _apply(operator: Operator, vector: PyTree) -> PyTree:
-    return operator.product(vector)
+    return multiply(operator, vector)
 
 
 @eqx.filter_jit
@@ -133,7 +134,7 @@ def _dense(operator: Operator) -> Float[Array, "n n"]:
             (jnp.arange(low, high) == index).astype(leaf.dtype).reshape(leaf.shape)
             for (low, high), leaf in zip(ends, leaves, strict=True)
         ]
-        image = jtu.tree_leaves(operator.product(treedef.unflatten(flat)))
+        image = jtu.tree_leaves(multiply(operator, treedef.unflatten(flat)))
         return jnp.concatenate([part.reshape(-1).astype(dtype) for part in image])
 
     return jax.lax.map(column, jnp.arange(n), batch_size=min(_DENSE_COLUMNS, n)).T
@@ -259,6 +260,11 @@ def as_operator(op: Any, like: PyTree | None) -> Operator:
     )
 
 
+def multiply(op: Operator, vector: PyTree) -> PyTree:
+    """Av, as every algorithm computes it: `op.product` with its convolutions laid out for the platform."""
+    return channel_last(op.product)(vector)
+
+
 def quadratic_form(op: Operator, vector: PyTree) -> Scalar:
     """vᵀAv."""
-    return inner(vector, op.product(vector))
+    return inner(vector, multiply(op, vector))

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from hessjax._vectors import size_of
-from hessjax.operators._operator import Operator
+from hessjax.operators._operator import Operator, multiply
 
 _SMALL = 1 << 17  # entries
 
@@ -81,4 +81,4 @@ class Packed(Operator):
         return jax.eval_shape(lambda v: self.packing.pack(v), self.operator.structure)
 
     def product(self, vector: tuple[Array, ...]) -> tuple[Array, ...]:
-        return self.packing.pack(self.operator.product(self.packing.unpack(vector)))
+        return self.packing.pack(multiply(self.operator, self.packing.unpack(vector)))
