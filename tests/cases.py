@@ -36,11 +36,39 @@ class Matrix(hj.Operator):
         return jnp.matmul(self.matrix, vector, precision=jax.lax.Precision.HIGHEST)
 
 
+class Rotated(hj.Operator):
+    """Q diag(eigenvalues) Qᵀ, Q a product of Householder reflections; where all reflectors are zero, the diagonal."""
+
+    eigenvalues: Float[Array, " n"]
+    reflectors: Float[Array, "count n"]
+
+    @property
+    def like(self):
+        return self.eigenvalues
+
+    def product(self, vector):
+        for u in self.reflectors:
+            vector = vector - 2 * u * jnp.vdot(u, vector, precision=jax.lax.Precision.HIGHEST)
+        vector = self.eigenvalues * vector
+        for u in self.reflectors[::-1]:
+            vector = vector - 2 * u * jnp.vdot(u, vector, precision=jax.lax.Precision.HIGHEST)
+        return vector
+
+    def exact(self):
+        """The dense matrix of these very leaves in float64."""
+        matrix = np.diag(np.asarray(self.eigenvalues, np.float64))
+        for u in np.asarray(self.reflectors, np.float64)[::-1]:
+            matrix = matrix - 2 * np.outer(u, u @ matrix)
+            matrix = matrix - 2 * np.outer(matrix @ u, u)
+        return (matrix + matrix.T) / 2
+
+
 def wanted(eigenvalues, k, which):
     """What SciPy's `which` asks for, from all eigenvalues."""
     values = np.sort(np.asarray(eigenvalues, np.float64))
-    if which == "LM":
-        return np.sort(values[np.argsort(-np.abs(values), kind="stable")[:k]])
+    if which in ("LM", "SM"):
+        sign = -1 if which == "LM" else 1
+        return np.sort(values[np.argsort(sign * np.abs(values), kind="stable")[:k]])
     high = k if which == "LA" else 0 if which == "SA" else k - k // 2
     return np.concatenate([values[: k - high], values[len(values) - high :]])
 

@@ -153,24 +153,27 @@ class Probe(eqx.Module):
         overlap: Float[Array, " rows"],
         thresholds: Float[Array, " 2"],
         limit: Scalar,
+        quotient: Scalar,
         eps: float,
     ) -> tuple["Probe", PyTree]:
         """One Lanczos step on S.
 
         Args:
             z: z_j.
-            image: S z_j.
-            overlap: Fᵀ S z_j.
+            image: S z_j less quotient · z_j.
+            overlap: Fᵀ S z_j less the same.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
+            quotient: what has been taken out of the image already, as a multiple of z_j.
             eps: the rounding unit.
 
         Returns:
             The next state, and z_(j+1).
         """
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
-        alpha = inner(z, image)
-        image = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
+        rest = inner(z, image)
+        alpha = quotient + rest
+        image = jtu.tree_map(lambda w, x, y: (w - rest * x - self.beta * y).astype(w.dtype), image, z, self.last)
         beta = norm(image)
         # Below the rounding of this very subtraction the run has closed: its space holds no further eigenvalue that z
         # sees. The rounding of a product with A may be far larger, and so may an eigenvalue of S that hides in it.
@@ -182,7 +185,7 @@ class Probe(eqx.Module):
         beyond = self.beyond | ~(value > 0)
         alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
         weight = alternate * self.polynomial[self.side]
-        following = (overlap - alpha * self.overlap - self.beta * self.last_overlap) / _nonzero(beta)
+        following = (overlap - rest * self.overlap - self.beta * self.last_overlap) / _nonzero(beta)
         probe = dataclasses.replace(
             self,
             proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),

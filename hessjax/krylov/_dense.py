@@ -52,7 +52,7 @@ def dense_eigenpairs(op: Operator, which: str, sigma: Scalar | None, k: int, tol
         converged,
         gaps * unit,
         isolation * unit,
-        jnp.maximum(eps * scale, asymmetry) * unit,
+        jnp.maximum(rounding / 4, asymmetry) * unit,
         jnp.asarray(n, jnp.int32),
     )
 

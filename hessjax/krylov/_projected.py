@@ -210,8 +210,8 @@ def _thresholds(
 
     Each stands `slack` beyond the innermost wanted value, and not within `least` of another one but beyond the cluster
     in which that lies: so close to a value that was found, the count of eigenvalues beyond the threshold would hang on
-    rounding. Where that moves it by more than the slack again, as in a ladder of values that rounding cannot tell
-    apart, it no longer decides which of them are wanted.
+    rounding. Where that moves it by more than `least`, as in a ladder of values that rounding cannot tell apart, it no
+    longer decides which of them are wanted.
     """
 
     def beyond(values: Array, slack: Array) -> tuple[Array, Array]:
@@ -219,7 +219,7 @@ def _thresholds(
         reach = jnp.maximum(start, values + least)
         apart = values[1:] - least > reach[:-1]
         threshold = reach[jnp.argmax(jnp.append(apart, True))]
-        return threshold, threshold <= start + slack[0]
+        return threshold, threshold <= start + least
 
     k, infinity = values.size, jnp.array(jnp.inf, values.dtype)
     low, high, decisive = -infinity, infinity, jnp.ones((), bool)

@@ -30,7 +30,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
+from hessjax._vectors import divide, draw, epsilon, inner, norm, scalar_dtype, select, subtract
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -154,17 +154,29 @@ class Iteration(eqx.Module):
         nothing = jnp.zeros_like(state.probe.overlap)
         lift = lax.cond(image & state.probe.active, lambda: state.probe.lift(state.ritz), lambda: nothing)
         remove = jnp.where(probing, state.expanded, state.live)
-        coefficients, rest, left = turn.basis.orthogonalize(turn.incoming, state.live, remove, lift)
+        # A probe's vector is orthogonal to the rows. Its own multiple goes first, so that what remains of the rows is
+        # small beside what remains of the image, whatever multiple of the identity A holds.
+        own = jnp.where(image & state.probe.active, inner(state.vector, turn.incoming), 0)
+        incoming = subtract(turn.incoming, own, state.vector)
+        coefficients, rest, left = turn.basis.orthogonalize(incoming, state.live, remove, lift)
         unit = divide(rest, left)
         state, row, incoming, phase = lax.cond(
             image,
-            lambda: self._after_product(state, turn.incoming, coefficients, lift, rest, left, unit),
+            lambda: self._after_product(state, turn.incoming, own, coefficients, lift, rest, left, unit),
             lambda: self._after_direction(state, turn.phase, coefficients, left, unit),
         )
         return Turn(turn.basis.set_row(row, unit), state, incoming, phase)
 
     def _after_product(
-        self, state: State, image: PyTree, coefficients: Array, lift: Array, rest: PyTree, left: Scalar, unit: PyTree
+        self,
+        state: State,
+        image: PyTree,
+        quotient: Scalar,
+        coefficients: Array,
+        lift: Array,
+        rest: PyTree,
+        left: Scalar,
+        unit: PyTree,
     ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
         """The state after a product, the row for its remainder, and the direction to orthogonalize next, if any."""
         size = norm(image)
@@ -179,7 +191,7 @@ class Iteration(eqx.Module):
         overlap = jnp.where(state.frontier, coefficients + lift, 0)
         probe, z = lax.cond(
             probing,
-            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, self.eps),
+            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, quotient, self.eps),
             lambda: (state.probe, unit),
         )
         state = dataclasses.replace(state, status=jnp.where(finite, state.status, BROKEN))
