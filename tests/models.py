@@ -3,7 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +77,8 @@ def mixture(z, y):
 
 NETWORKS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
 LOSSES = {"softmax": softmax, "squared": squared, "bernoulli": bernoulli}
+# Unequal slices of the five examples where the programs are small enough to compile them.
+SLICES = {"mlp": 2, "cnn": 3, "transformer": None}
 CASES = [(network, loss) for network in NETWORKS for loss in LOSSES]
 
 
@@ -127,7 +128,11 @@ def dense(network, loss):
     return Dense(*map(np.asarray, _matrices(forward, params, inputs, targets)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# These programs run once, on little data: compiling them is all they cost.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _matrices(forward, params, inputs, targets):
     flat, unravel = ravel_pytree(params)
     output = lambda flat, x: forward(unravel(flat), x)
@@ -141,7 +146,7 @@ def _matrices(forward, params, inputs, targets):
     )
 
 
-@eqx.filter_jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def columns(operator):
     """The dense matrix, one product at a time: a smaller program than `operator.dense()`."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), operator.structure)

@@ -21,7 +21,7 @@ def as_lineax(op: Operator | Any, *, tags: Any = (), like: PyTree | None = None)
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
-        A pytree whose leaves are the operator's arrays: it passes through `jax.jit` and can be differentiated.
+        A pytree that holds the operator's arrays: it passes through `eqx.filter_jit` and can be differentiated.
 
     Raises:
         ImportError: lineax is not installed.

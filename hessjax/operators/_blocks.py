@@ -209,12 +209,13 @@ def _paths(structure: PyTree) -> list[str]:
 def _selection(structure: PyTree, where: Any) -> Selection:
     """One flag per leaf, from a tree of bools or a predicate on the path."""
     flags = jtu.tree_leaves(where)
-    if not flags or not all(_is_bool(flag) for flag in flags):
-        if callable(where):
-            flags = [where(path) for path in _paths(structure)]
-        for flag in flags:
-            if not _is_bool(flag):
-                raise TypeError(f"`where` must give a Python bool for every leaf, got {flag!r}.")
+    by_path = callable(where) and not (flags and all(_is_bool(flag) for flag in flags))  # a module of bools is callable
+    if by_path:
+        flags = [where(path) for path in _paths(structure)]
+    for flag in flags:
+        if not _is_bool(flag):
+            raise TypeError(f"`where` must give a Python bool for every leaf, got {flag!r}.")
+    if by_path:
         return tuple(bool(flag) for flag in flags)
     try:
         spread = jtu.tree_map(lambda flag, part: [bool(flag)] * len(jtu.tree_leaves(part)), where, structure)

@@ -82,7 +82,7 @@ def as_arguments(params: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTre
     def convert(path: tuple[Any, ...], leaf: Any) -> Array:
         if not eqx.is_array_like(leaf) or jnp.ndim(leaf) == 0:
             part, place = ("inputs", "targets")[path[0].idx], jtu.keystr(path[1:])
-            what = "an array without axes" if eqx.is_array_like(leaf) else f"the {type(leaf).__name__} {leaf!r}"
+            what = "an array without axes" if eqx.is_array(leaf) else f"the {type(leaf).__name__} {leaf!r}"
             raise ValueError(
                 f"`{part}{place}` must be an array with the examples on its leading axis, got {what}. What all "
                 "examples share belongs in the parameters or in a closure."

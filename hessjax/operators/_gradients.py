@@ -11,10 +11,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from hessjax._function import Function, as_function
-from hessjax._vectors import scalar_dtype
+from hessjax._vectors import scalar_dtype, subtract
 from hessjax.operators._examples import Data, as_arguments, as_batch_size, hoisted, outputs_of
 from hessjax.operators._hessian import as_scalar, mean_over_slices
 from hessjax.operators._operator import Operator
@@ -69,8 +70,8 @@ def gradient_covariance(
     """Transforms a model and its loss into the covariance of the per-example gradients: `(params, inputs, targets)`.
 
     C = (1/N) Σₙ (gₙ - ḡ)(gₙ - ḡ)ᵀ with ḡ = ∇L the mean gradient: the noise of a stochastic gradient is C / b for
-    batches of b drawn with replacement. Divided by N, not N - 1. The mean is removed before the product is summed, so
-    that nothing cancels where ḡ is large; with `batch_size` that takes one more pass of tangents over the data.
+    batches of b drawn with replacement. Divided by N, not N - 1. Rounding errors stay relative to the gradients'
+    spread, not to ḡ, however large that is; with `batch_size` that takes one more pass of cotangents.
 
     Args:
         forward: `forward(params, x)` on one example.
@@ -117,26 +118,44 @@ class SecondMoment(Operator):
         return self.params
 
     def product(self, vector: PyTree) -> PyTree:
-        batch_size = self.batch_size
-        mean = self._mean_slope(vector, batch_size) if self.centred and batch_size is not None else None
+        if self.batch_size is None:
+            slopes, combine = self._slopes(vector, self.data)
+            return combine(_centre(_centre(slopes)) if self.centred else slopes)
+        if self.centred:
+            return self._centred_over_slices(vector, self.batch_size)
 
         def on(data: Data) -> PyTree:
-            losses, push = jax.linearize(lambda params: self._losses(params, data), self.params)
-            slopes = push(vector)
-            if self.centred:
-                slopes = slopes - (jnp.mean(slopes) if mean is None else mean.astype(slopes.dtype))
-            return jax.linear_transpose(push, self.params)(slopes / losses.shape[0])[0]
+            slopes, combine = self._slopes(vector, data)
+            return combine(slopes)
 
-        return on(self.data) if batch_size is None else mean_over_slices(on, self.data, batch_size, like=self.params)
+        return mean_over_slices(on, self.data, self.batch_size, like=self.params)
 
-    def _losses(self, params: PyTree, data: Data) -> Float[Array, " examples"]:
-        outputs = outputs_of(self.forward, params, data[0], batched=False)
-        return jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))(outputs, data[1])
+    def _centred_over_slices(self, vector: PyTree, batch_size: int) -> PyTree:
+        """(1/N) Σ gₙwₙ - ḡw̄ with the slopes w = gₙᵀv - g₁ᵀv, of the size of their spread and not of their mean."""
+        reference, _ = self._slopes(vector, jtu.tree_map(lambda x: x[:1], self.data))
 
-    def _mean_slope(self, vector: PyTree, batch_size: int) -> Scalar:
-        """ḡᵀv, slice by slice."""
+        def on(data: Data) -> tuple[PyTree, PyTree, Scalar]:
+            slopes, combine = self._slopes(vector, data)
+            slopes = slopes - reference
+            return combine(slopes), combine(jnp.ones_like(slopes)), jnp.mean(slopes)
 
-        def on(data: Data) -> Scalar:
-            return jnp.mean(jax.jvp(lambda params: self._losses(params, data), (self.params,), (vector,))[1])
+        wide = jtu.tree_map(lambda x: jnp.zeros(x.shape, jnp.result_type(x.dtype, jnp.float32)), self.params)
+        like = wide, wide, jnp.zeros((), scalar_dtype(self.structure))
+        weighted, gradient, mean = mean_over_slices(on, self.data, batch_size, like=like)
+        return jtu.tree_map(lambda x, spec: x.astype(spec.dtype), subtract(weighted, mean, gradient), self.structure)
 
-        return mean_over_slices(on, self.data, batch_size, like=jnp.zeros((), scalar_dtype(self.structure)))
+    def _slopes(self, vector: PyTree, data: Data) -> tuple[Array, Callable[[Array], PyTree]]:
+        """The N numbers gₙᵀv, and w ↦ (1/N) Σ wₙgₙ."""
+
+        def losses(params: PyTree) -> Float[Array, " examples"]:
+            outputs = outputs_of(self.forward, params, data[0], batched=False)
+            return jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))(outputs, data[1])
+
+        at, push = jax.linearize(losses, self.params)
+        pull = jax.linear_transpose(push, self.params)
+        return push(vector), lambda weights: pull((weights / len(at)).astype(at.dtype))[0]
+
+
+def _centre(x: Float[Array, " examples"]) -> Float[Array, " examples"]:
+    """Without its mean. Done twice, no rounding of a large mean is left."""
+    return x - jnp.mean(x)

@@ -123,9 +123,9 @@ def _with_momentum(state: Any, nu: PyTree, given: Hyperparameters, eps: float) -
 
 def _rms(state: Any, given: Hyperparameters, eps_in_sqrt: bool) -> PyTree:
     decay, eps = given.get("b2", given.get("decay", 0.9)), given.get("eps", 1e-8)
-    corrects = hasattr(state, "count")
+    corrects = "count" in state._fields
     nu = _corrected(state.nu, decay, state.count) if corrects else state.nu
-    if hasattr(state, "mu"):  # centred: the variance in place of the second moment
+    if "mu" in state._fields:  # centred: the variance in place of the second moment
         mu = _corrected(state.mu, decay, state.count) if corrects else state.mu
         nu = jtu.tree_map(lambda x, m: x - m * m, nu, mu)
     root = (lambda x: jnp.sqrt(x + eps)) if eps_in_sqrt else (lambda x: jnp.sqrt(x) + eps)
@@ -158,7 +158,7 @@ def _merge(first: PyTree, second: PyTree) -> PyTree:
     if _is_masked(first) or _is_masked(second):
         return second if _is_masked(first) else first
     ours, theirs = _children(first), _children(second)
-    if not ours or len(ours) != len(theirs):
+    if jtu.all_leaves([first]) or len(ours) != len(theirs):
         raise ValueError(
             "`opt_state` must hold one adaptive state for a parameter, got two of them for the same one. Pass the part "
             "of the state that belongs to the preconditioner you mean."

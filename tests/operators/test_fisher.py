@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import assert_equal, dense, mlp, problem
+from models import SLICES, assert_equal, dense, mlp, problem
 
 import hessjax as hj
 
@@ -17,7 +17,7 @@ LOSS = {"categorical": "softmax", "bernoulli": "bernoulli", "gaussian": "squared
 )
 def test_is_the_gauss_newton_matrix_of_the_log_likelihood(network, distribution, x64):
     forward, params, inputs, _ = problem(network, LOSS[distribution])
-    F = hj.fisher(forward, distribution, batch_size=2)(params, inputs)
+    F = hj.fisher(forward, distribution, batch_size=SLICES[network])(params, inputs)
     assert_equal(F, dense(network, LOSS[distribution]).ggn)
 
 
@@ -50,7 +50,7 @@ def test_samples_average_to_it(distribution, x64):
 
     @jax.jit
     def sampled(keys):
-        build = lambda key: hj.fisher(forward, distribution, mc_samples=2, key=key)(params, inputs)
+        build = lambda key: hj.fisher(forward, distribution, mc_samples=1, key=key)(params, inputs)
         return jax.lax.map(lambda key: build(key).dense(), keys)
 
     draws = np.asarray(sampled(jax.random.split(jax.random.key(3), 400)))
@@ -58,7 +58,7 @@ def test_samples_average_to_it(distribution, x64):
     seen = stderr > 1e-12
     assert np.abs((draws.mean(0) - truth)[seen] / stderr[seen]).max() < 5
     np.testing.assert_allclose(draws.mean(0)[~seen], truth[~seen], atol=1e-12)
-    assert np.linalg.matrix_rank(draws[0], tol=1e-9) == 10  # two vectors for each example
+    assert np.linalg.matrix_rank(draws[0], tol=1e-9) <= 5  # one vector for each example
 
 
 def test_samples_depend_on_the_key_alone(x64, key):
@@ -100,7 +100,7 @@ def test_bad_arguments_are_refused():
             hj.fisher(mlp, wrong)
     with pytest.raises(ValueError, match="axis of classes"):
         hj.fisher(lambda w, x: w * x, "categorical")(np.ones(()), np.ones(3))(1.0)
-    with pytest.raises(ValueError, match="`fisher` needs `batch_size >= 1`.* got 0"):
+    with pytest.raises(ValueError, match=r"`fisher` needs `batch_size >= 1`.* got 0"):
         hj.fisher(mlp, "gaussian", batch_size=0)
     with pytest.raises(ValueError, match="got `mc_samples` and no `key`"):
         hj.fisher(mlp, "gaussian", mc_samples=1)

@@ -64,7 +64,11 @@ def test_runs_inside_one_jit_and_under_vmap_over_parameters(x64):
 
 @pytest.mark.parametrize(
     ("output", "what"),
-    [(lambda z: jnp.argmax(z), "int"), (lambda z: {"a": z, "b": z > 0}, r"bool\[2, 3\] at `\['b'\]`"), (lambda z: None, "none")],
+    [
+        (lambda z: jnp.argmax(z), "int"),
+        (lambda z: {"a": z, "b": z > 0}, r"bool\[2, 3\] at `\['b'\]`"),
+        (lambda z: None, "none"),
+    ],
 )
 def test_outputs_that_are_not_real_numbers_are_refused(output, what):
     with pytest.raises(ValueError, match=f"real floating-point arrays.*{what}"):
