@@ -3,12 +3,29 @@
 __version__ = "0.1.0"
 
 from hessjax._model import Model as Model
+from hessjax.interop import as_lineax as as_lineax
 from hessjax.interop import as_scipy as as_scipy
 from hessjax.krylov import Eigenpairs as Eigenpairs
 from hessjax.krylov import Lanczos as Lanczos
+from hessjax.krylov import Solution as Solution
 from hessjax.krylov import eigsh as eigsh
 from hessjax.krylov import lanczos as lanczos
 from hessjax.krylov import memory_estimate as memory_estimate
+from hessjax.krylov import solve as solve
 from hessjax.operators import Operator as Operator
+from hessjax.operators import adam_preconditioner as adam_preconditioner
+from hessjax.operators import compose as compose
+from hessjax.operators import deflate as deflate
+from hessjax.operators import empirical_fisher as empirical_fisher
+from hessjax.operators import fisher as fisher
+from hessjax.operators import ggn as ggn
+from hessjax.operators import ggn_gram as ggn_gram
+from hessjax.operators import ggn_residual as ggn_residual
+from hessjax.operators import gradient_covariance as gradient_covariance
 from hessjax.operators import hvp as hvp
+from hessjax.operators import map_blocks as map_blocks
+from hessjax.operators import ntk as ntk
 from hessjax.operators import operator as operator
+from hessjax.operators import per_block as per_block
+from hessjax.operators import precondition as precondition
+from hessjax.operators import restrict as restrict

@@ -1,8 +1,8 @@
 """`Model`: the four objects that mediate between a trained network and its curvature.
 
 Parameters, data, an output function and a loss function are all that any framework's model contributes. The adapters in
-`interop` produce a `Model`; its `hessian` leads to the operators. `verify` compares it with what the source framework
-says, because a wrong port gives a plausible, wrong spectrum.
+`interop` produce a `Model`; its `hessian` and `ggn` lead to the operators. `verify` compares it with what the source
+framework says, because a wrong port gives a plausible, wrong spectrum.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from jaxtyping import Array, PyTree, Scalar
 from hessjax._function import Function, as_function
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
+from hessjax.operators._examples import as_batch_size, as_samples, outputs_of
+from hessjax.operators._ggn import gauss_newton
 from hessjax.operators._hessian import as_scalar, count_examples
 
 
@@ -85,7 +87,7 @@ class Model(eqx.Module):
 
     def outputs(self) -> PyTree[Array]:
         """The outputs on all inputs, the examples on the leading axis."""
-        return _outputs(self.params, self.data[0], self.forward, self.batched)
+        return outputs_of(self.forward, self.params, self.data[0], self.batched)
 
     def loss_value(self) -> Scalar:
         """L(θ), the mean over the examples."""
@@ -103,6 +105,19 @@ class Model(eqx.Module):
         """
         mean_loss = _MeanLoss(self.forward, self.loss, self.batched)
         return hvp(mean_loss, batch_size=batch_size)(self.params, *self.data)
+
+    def ggn(self, batch_size: Any = None, *, mc_samples: Any = None, key: Any = None) -> Operator:
+        """The generalized Gauss-Newton matrix as an operator, exact or sampled.
+
+        Args:
+            batch_size: examples per slice, summed in a loop inside the program; None for all at once.
+            mc_samples: None for the exact matrix; see `hj.ggn`.
+            key: goes with `mc_samples`.
+        """
+        batch_size = as_batch_size(batch_size, "Model.ggn")
+        mc_samples = as_samples(mc_samples, key, "Model.ggn")
+        model = (self.forward, self.loss, self.params, self.data, self.batched)
+        return gauss_newton(*model, batch_size, mc_samples, key)
 
     def verify(
         self,
@@ -144,13 +159,9 @@ class _MeanLoss(eqx.Module):
     batched: bool = eqx.field(static=True)
 
     def __call__(self, params: PyTree, inputs: PyTree, targets: PyTree) -> Scalar:
-        outputs = _outputs(params, inputs, self.forward, self.batched)
+        outputs = outputs_of(self.forward, params, inputs, self.batched)
         per_example = jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))
         return jnp.mean(per_example(outputs, targets))
-
-
-def _outputs(params: PyTree, inputs: PyTree, forward: Callable[[PyTree, PyTree], PyTree], batched: bool) -> PyTree:
-    return forward(params, inputs) if batched else jax.vmap(lambda x: forward(params, x))(inputs)
 
 
 @eqx.filter_jit

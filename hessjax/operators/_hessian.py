@@ -131,20 +131,20 @@ def mean_over_slices(
     whole, rest = divmod(count, batch_size)
     sliced, fixed = eqx.partition(args, _is_sliced)
 
-    def weighted(part: PyTree, examples: int) -> PyTree:
+    # Slices are read in place: a stack of them would copy the data wherever there is a remainder.
+    def weighted(start_at: Any, examples: int) -> PyTree:
+        part = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, start_at, examples), sliced)
         value = function(eqx.combine(part, fixed))
         return jtu.tree_map(lambda x, total: (examples / count) * x.astype(total.dtype), value, start)
 
-    def step(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-        return jtu.tree_map(jnp.add, total, weighted(part, batch_size)), None
+    def step(total: PyTree, index: Array) -> tuple[PyTree, None]:
+        return jtu.tree_map(jnp.add, total, weighted(index * batch_size, batch_size)), None
 
     # In half precision a running sum of small terms would stand still.
     start = jtu.tree_map(lambda x: jnp.zeros(x.shape, jnp.result_type(x.dtype, jnp.float32)), like)
     total = start
     if whole:
-        stack = jtu.tree_map(lambda x: x[: whole * batch_size].reshape(whole, batch_size, *x.shape[1:]), sliced)
-        total, _ = jax.lax.scan(step, start, stack)
+        total, _ = jax.lax.scan(step, start, jnp.arange(whole))
     if rest:
-        tail = weighted(jtu.tree_map(lambda x: x[whole * batch_size :], sliced), rest)
-        total = jtu.tree_map(jnp.add, total, tail)
+        total = jtu.tree_map(jnp.add, total, weighted(whole * batch_size, rest))
     return jtu.tree_map(lambda x, y: x.astype(y.dtype), total, like)

@@ -1,0 +1,42 @@
+"""An operator as lineax sees it."""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import PyTree
+
+from hessjax.operators import Operator
+from hessjax.operators._operator import as_operator
+
+if TYPE_CHECKING:
+    from lineax import FunctionLinearOperator
+
+
+def as_lineax(op: Operator | Any, *, tags: Any = (), like: PyTree | None = None) -> "FunctionLinearOperator":
+    """A `lineax.FunctionLinearOperator` for the same matrix, to be solved with lineax or composed with its operators.
+
+    Args:
+        op: a symmetric operator.
+        tags: what else is known, such as `lineax.positive_semidefinite_tag`, which lineax's CG asks for; one tag or
+            several. `lineax.symmetric_tag` is always there.
+        like: a pytree shaped as the vectors, when `op` is a plain function.
+
+    Returns:
+        A pytree that holds the operator's arrays: it passes through `eqx.filter_jit` and can be differentiated.
+
+    Raises:
+        ImportError: lineax is not installed.
+
+    Example:
+        >>> import hessjax as hj, jax.numpy as jnp, lineax as lx
+        >>> A = hj.operator(lambda v: jnp.array([2.0, 4.0]) * v, like=jnp.zeros(2))
+        >>> B = hj.as_lineax(A, tags=lx.positive_semidefinite_tag)
+        >>> lx.linear_solve(B, jnp.ones(2), lx.CG(rtol=1e-6, atol=0.0)).value.tolist()
+        [0.5, 0.25]
+    """
+    try:
+        import lineax as lx
+    except ImportError as error:
+        raise ImportError("`as_lineax` needs lineax: pip install 'hessjax[lineax]'.") from error
+    op = as_operator(op, like)
+    given = tags if isinstance(tags, tuple | list | set | frozenset) else (tags,)
+    return lx.FunctionLinearOperator(op.product, op.structure, frozenset({lx.symmetric_tag, *given}))

@@ -1,0 +1,66 @@
+"""Roots of the loss's Hessian at one output: H = R Rᵀ, formed for outputs of few entries.
+
+With a root, the Gauss-Newton matrix is a product of two factors, (1/N) (JᵀR)(JᵀR)ᵀ: its spectrum can be had from the
+side of the outputs, and random signs ε give vectors g = Rε with E[ggᵀ] = H.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from hessjax._function import Function
+from hessjax.operators._hessian import as_scalar
+
+
+def output_hessian(loss: Function, output: PyTree, constants: PyTree, target: PyTree) -> Float[Array, "c c"]:
+    """∇²ℓ(z, y) on one example, z in the order of `ravel_pytree`."""
+    flat, unravel = ravel_pytree(output)
+    return jax.hessian(lambda z: as_scalar(loss(eqx.combine(unravel(z), constants), target)))(flat)
+
+
+def root_of(matrix: Float[Array, "c c"]) -> Float[Array, "c c"]:
+    """R with R Rᵀ = A for a positive semi-definite A, of any rank.
+
+    Cholesky's factorization with the largest remaining diagonal entry as the pivot, one rank-one update at a time: it
+    ends by itself at A's rank, and calls no LAPACK, so that it runs in any loop. Directions of negative curvature,
+    which a convex loss has not, are dropped. Costs c³ operations.
+    """
+    size = matrix.shape[0]
+    dtype = matrix.dtype
+    floor = size * jnp.finfo(dtype).eps * jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0)
+
+    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+        rest, left = carry
+        diagonal = jnp.where(left, jnp.diagonal(rest), -jnp.inf)
+        at = jnp.argmax(diagonal)
+        positive = diagonal[at] > floor
+        column = rest[:, at] / jnp.sqrt(jnp.where(positive, diagonal[at], 1))
+        column = jnp.where(positive & left, column, 0)
+        return (rest - jnp.outer(column, column), left.at[at].set(False)), column
+
+    _, columns = jax.lax.scan(step, ((matrix + matrix.T) / 2, jnp.ones(size, bool)), None, length=size)
+    return columns.T
+
+
+class SampledCurvature(eqx.Module):
+    """u ↦ (1/M) Σᵢ gᵢ gᵢᵀu on one example, with gᵢ = Rεᵢ for random signs εᵢ; its target carries the example's key."""
+
+    loss: Function
+    num_samples: int = eqx.field(static=True)
+
+    def __call__(
+        self, output: PyTree, constants: PyTree, target: tuple[PyTree, PRNGKeyArray], tangent: PyTree
+    ) -> PyTree:
+        target, key = target
+        root = root_of(output_hessian(self.loss, output, constants, target))
+        signs = jax.random.rademacher(key, (root.shape[0], self.num_samples), root.dtype)
+        return through_samples(jnp.matmul(root, signs, precision=jax.lax.Precision.HIGHEST).T, tangent)
+
+
+def through_samples(samples: Float[Array, "m c"], tangent: PyTree) -> PyTree:
+    """(1/M) Σᵢ gᵢ (gᵢᵀu), where u is a pytree and the samples are flat."""
+    flat, unravel = ravel_pytree(tangent)
+    along = jnp.matmul(samples, flat, precision=jax.lax.Precision.HIGHEST)
+    return unravel(jnp.matmul(along, samples, precision=jax.lax.Precision.HIGHEST) / samples.shape[0])

@@ -1,0 +1,54 @@
+"""Curvature as an optimizer sees it that scales every coordinate by itself."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from hessjax._vectors import as_vector
+from hessjax.operators._operator import Operator, as_operator
+
+
+def precondition(op: Operator | Any, scale: PyTree) -> Operator:
+    """D^-1/2 A D^-1/2 for a diagonal D > 0: symmetric, with the eigenvalues of D⁻¹A.
+
+    Gradient descent preconditioned by D⁻¹ is stable where ordinary descent on this operator is. Its eigenvectors u give
+    those of D⁻¹A as D^-1/2 u.
+
+    Args:
+        op: symmetric A; a plain function acts on pytrees shaped as `scale`.
+        scale: D, a pytree of positive numbers shaped as A's vectors, such as `hj.adam_preconditioner` returns. Not
+            checked: the product is not finite where an entry is zero or negative.
+
+    Returns:
+        An operator on the same vectors, at the cost of one product with A.
+
+    Raises:
+        ValueError: the tree or a shape differs from A's.
+        TypeError: `op` is not an operator.
+
+    Example:
+        >>> import hessjax as hj, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.array([8.0, 1.0]) * v, like=jnp.zeros(2))
+        >>> hj.precondition(A, jnp.array([4.0, 1.0])).dense().tolist()
+        [[2.0, 0.0], [0.0, 1.0]]
+    """
+    op = as_operator(op, scale)
+    scale = as_vector(scale, op.structure, "scale")
+    return Preconditioned(op, jtu.tree_map(lambda d: 1 / jnp.sqrt(d), scale))
+
+
+class Preconditioned(Operator):
+    """S A S for a diagonal S."""
+
+    operator: Operator
+    scale: PyTree[Array]
+
+    @property
+    def like(self) -> PyTree:
+        return self.operator.like
+
+    def product(self, vector: PyTree) -> PyTree:
+        image = self.operator.product(jtu.tree_map(jnp.multiply, self.scale, vector))
+        return jtu.tree_map(jnp.multiply, self.scale, image)
