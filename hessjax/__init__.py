@@ -5,6 +5,9 @@ __version__ = "0.1.0"
 from hessjax._model import Model as Model
 from hessjax.interop import as_scipy as as_scipy
 from hessjax.interop import check_hvp as check_hvp
+from hessjax.interop import from_equinox as from_equinox
+from hessjax.interop import from_flax as from_flax
+from hessjax.interop import from_haiku as from_haiku
 from hessjax.krylov import Eigenpairs as Eigenpairs
 from hessjax.krylov import Lanczos as Lanczos
 from hessjax.krylov import eigsh as eigsh
