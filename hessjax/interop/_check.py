@@ -6,6 +6,7 @@ gradients does see them, whatever framework the gradient comes from.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -151,7 +152,7 @@ def _compare(theta: Flat, vector: Flat | None, gradient: Any, product: Any, name
     ours, slope = product(theta, unit), float(np.max(np.abs(gradient(theta))))
     steps = max(1.0, float(np.linalg.norm(theta))) * _STEPS
     quotients = [(gradient(theta + h * unit) - gradient(theta - h * unit)) / (2 * h) for h in steps]
-    gaps = [float(np.max(np.abs(a - b))) for a, b in zip(quotients, quotients[1:], strict=False)]
+    gaps = [float(np.max(np.abs(a - b))) for a, b in itertools.pairwise(quotients)]
     best = int(np.nanargmin(gaps)) if np.isfinite(gaps).any() else 0
     quotient, uncertainty = quotients[best + 1], gaps[best]
     # Where the loss is linear the quotients are nothing but the gradient's rounding.

@@ -31,10 +31,6 @@ class Net(eqx.Module):
         return self.last(hidden)[self.order]
 
 
-def by_name(trainable_name):
-    return lambda leaf: leaf is not None and leaf.shape != trainable_name
-
-
 def test_the_hessian_is_that_of_the_module(x64, key):
     net = Net(key)
     model = hj.from_equinox(net, (X, Y), cross_entropy, trainable=lambda leaf: not isinstance(leaf, np.ndarray))
@@ -69,7 +65,7 @@ def test_batch_norm_uses_its_state(key):
     net, state = eqx.nn.make_with_state(
         lambda: Normed(eqx.nn.Linear(4, 3, key=key), eqx.nn.BatchNorm(3, "batch", mode="ema"))
     )()
-    _, state = jax.vmap(net, ("batch" and 0, None), (0, None), axis_name="batch")(X, state)
+    _, state = jax.vmap(net, (0, None), (0, None), axis_name="batch")(X, state)
     model = hj.from_equinox(net, (X, Y), cross_entropy, state=state)
     resting = eqx.nn.inference_mode(net)
     np.testing.assert_allclose(model.outputs()[2], resting(jnp.asarray(X[2]), state)[0], rtol=1e-5)
