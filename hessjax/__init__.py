@@ -5,6 +5,16 @@ __version__ = "0.1.0"
 from hessjax._model import Model as Model
 from hessjax.interop import as_lineax as as_lineax
 from hessjax.interop import as_scipy as as_scipy
+from hessjax.interop import check_hvp as check_hvp
+from hessjax.interop import from_equinox as from_equinox
+from hessjax.interop import from_flax as from_flax
+from hessjax.interop import from_haiku as from_haiku
+from hessjax.interop import from_keras as from_keras
+from hessjax.interop import from_tensorflow as from_tensorflow
+from hessjax.interop import from_torch as from_torch
+from hessjax.interop import load_params as load_params
+from hessjax.interop import save_params as save_params
+from hessjax.interop import torch_operator as torch_operator
 from hessjax.krylov import Eigenpairs as Eigenpairs
 from hessjax.krylov import Lanczos as Lanczos
 from hessjax.krylov import Solution as Solution

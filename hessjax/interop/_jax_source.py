@@ -1,0 +1,97 @@
+"""What the adapters of JAX libraries share: a forward function, a call of the source itself, and their comparison."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import PyTree
+
+from hessjax._model import Model
+from hessjax._vectors import scalar_dtype
+from hessjax.interop._parity import (
+    Parity,
+    Ported,
+    check_independence,
+    check_verify,
+    demand,
+    difference,
+    take,
+    tolerance_in,
+)
+
+_EXAMPLES = 8  # on which port and source are compared
+
+
+def missing(caller: str, package: str, extra: str) -> ImportError:
+    """The error of an adapter whose framework is not installed."""
+    return ImportError(f"`hj.{caller}` needs {package}: pip install 'hessjax[{extra}]'.")
+
+
+def as_arguments(inputs: PyTree) -> tuple[Any, ...]:
+    """A tuple of inputs is several arguments, anything else is one."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def split_arrays(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The floating-point arrays, and the rest with NumPy's arrays moved to the device: leaves, not static data."""
+    params, rest = eqx.partition(tree, _is_inexact)
+    return params, jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, rest)
+
+
+def mapped(call: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+    """A call on one example, as one on a batch."""
+    return lambda params, inputs: jax.vmap(lambda x: call(params, x))(inputs)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return eqx.is_inexact_array(leaf) or (isinstance(leaf, np.ndarray) and jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def port(
+    source: str,
+    params: PyTree,
+    data: Any,
+    forward: Callable[[PyTree, PyTree], PyTree],
+    loss: Callable[[PyTree, PyTree], Any],
+    *,
+    batched: bool,
+    verify: Any,
+    call: Callable[[PyTree, PyTree], PyTree],
+) -> Ported:
+    """The model, compared with the source's own call on a batch, `call(params, inputs)`.
+
+    Raises:
+        ValueError: there is no parameter, the comparison fails, or examples depend on each other.
+    """
+    if not jtu.tree_leaves(params):
+        raise ValueError(f"The {source} model has no floating-point parameters.")
+    model = Ported(params, data, forward, loss, batched=batched)
+    check_verify(verify, f"from_{source}")
+    if verify is False:
+        return model
+    count = min(model.num_examples, _EXAMPLES)
+    inputs, targets = take(model.data, 0, count)
+    ours = Model(model.params, (inputs, targets), model.forward, model.loss, batched=batched)
+    tolerance = tolerance_in(scalar_dtype(model.params))
+
+    def mean_loss(params: PyTree) -> tuple[Any, PyTree]:
+        outputs = call(params, inputs)
+        return jnp.mean(jax.vmap(model.loss)(outputs, targets)), outputs
+
+    if verify == "output":
+        outputs = call(model.params, inputs)
+        found = [difference("outputs", ours.outputs(), outputs)]
+    else:
+        (value, outputs), gradient = eqx.filter_jit(jax.value_and_grad(mean_loss, has_aux=True))(model.params)
+        found = [
+            difference("outputs", ours.outputs(), outputs),
+            difference("loss", ours.loss_value(), value),
+            difference("gradient", ours.gradient(), gradient),
+        ]
+    check_independence(lambda part: call(model.params, part), inputs, outputs, tolerance)
+    dtype = str(np.dtype(scalar_dtype(model.params)))
+    return model.proven(demand(Parity(source, count, dtype, tolerance, tuple(found))))

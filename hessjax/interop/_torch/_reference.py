@@ -1,0 +1,111 @@
+"""What PyTorch itself says: outputs and gradients in eager mode, with attention that has a second derivative."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hessjax.interop._torch._data import to_numpy
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention by its formula, and recurrent layers without cuDNN: the fused kernels have no double backward."""
+    with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False), torch.enable_grad():
+        yield
+
+
+def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters with `requires_grad`, a shared one once, under its first name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def check_plain(module: Any) -> None:
+    """Looks a module over before anything is run.
+
+    Raises:
+        TypeError: it is no module, or a parameter is not real.
+        ValueError: it is not on the CPU, has nothing to train, or its weights are not there.
+        NotImplementedError: a layer normalises by the statistics of the batch even in eval mode.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"Needs a `torch.nn.Module`, got {type(module).__name__}. A forward written by hand in JAX goes to "
+            "`hj.Model(params, data, forward, loss)`."
+        )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type == "meta":
+            raise ValueError(f"`{name}` has no values (it is on the device `meta`): load the weights first.")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"`{name}` is on the device `{tensor.device}`: convert `copy.deepcopy(module).cpu()`.")
+    for name, p in module.named_parameters():
+        if not p.dtype.is_floating_point:
+            raise TypeError(
+                f"The parameter `{name}` has dtype {p.dtype}; curvature needs real floating-point parameters. Register "
+                "constants with `register_buffer`; a quantized module has to be dequantized first."
+            )
+    for name, layer in module.named_modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise NotImplementedError(
+                f"The layer `{name}` normalises by the statistics of the batch even in eval mode, so that examples "
+                "depend on each other. It needs `track_running_stats=True`, or another normalisation."
+            )
+    if not trained_parameters(module):
+        raise ValueError("The module has no parameter with `requires_grad`.")
+
+
+def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the module returns, after a look at the graph that autograd recorded.
+
+    Raises:
+        NotImplementedError: a custom autograd function took part; the message names it and its layer.
+    """
+    seen: set[Any] = set()
+    names = {layer: name.removeprefix("module").removeprefix(".") for name, layer in module.named_modules()}
+
+    def look(layer: torch.nn.Module, _: Any, output: Any) -> None:
+        pending = [t.grad_fn for t in _tensors_in(output) if t.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                raise NotImplementedError(
+                    f"The custom autograd function `{type(node).__name__.removesuffix('Backward')}` in layer "
+                    f"`{names[layer] or 'the module itself'}` has a derivative of its own, which a conversion would "
+                    "lose. Write it with plain operations, or use `hj.torch_operator`, which runs it in PyTorch."
+                )
+            pending += [parent for parent, _ in node.next_functions]
+
+    handles = [layer.register_forward_hook(look) for layer in module.modules()]
+    try:
+        with plain_attention():
+            return module([leaf.clone() for leaf in leaves])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors_in(output: Any) -> list[torch.Tensor]:
+    """All tensors in what a layer returned."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output.values() if hasattr(output, "values") else output if isinstance(output, list | tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+def gradient_of(outputs: list[torch.Tensor], weights: list[Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """Σ ⟨weights, outputs⟩ differentiated, by name; zero where a parameter takes no part."""
+    pairs = [(o, torch.as_tensor(np.array(w)).to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    if not pairs:
+        return {name: to_numpy(torch.zeros_like(p)) for name, p in trained.items()}
+    with plain_attention():
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], list(trained.values()), [w for _, w in pairs], allow_unused=True
+        )
+    parts = zip(trained.items(), found, strict=True)
+    return {name: to_numpy(torch.zeros_like(p) if g is None else g) for (name, p), g in parts}

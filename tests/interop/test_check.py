@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hessjax as hj
+
+
+def layer_norm(x, stop):
+    mean = x.mean()
+    return (x - mean) / jnp.sqrt(jnp.mean((x - stop(mean)) ** 2) + 1e-3)
+
+
+def loss_with(stop):
+    return lambda p, x: jnp.sum(jnp.tanh(layer_norm(p["w"] @ x, stop) * p["g"]) ** 2)
+
+
+PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3) ** 3, "g": np.array([1, 2, 3, 4], np.float32)}
+X = np.array([0.3, -1.0, 0.7], np.float32)
+
+
+def test_a_right_product_passes_and_its_error_is_returned():
+    error = hj.check_hvp(loss_with(lambda m: m), PARAMS, X)
+    assert 0 <= error < 1e-7
+
+
+def test_a_stopped_gradient_inside_a_variance_is_found_though_gradients_are_right():
+    stopped, right = loss_with(jax.lax.stop_gradient), loss_with(lambda m: m)
+    np.testing.assert_allclose(
+        jax.grad(stopped)(PARAMS, X)["g"], jax.grad(right)(PARAMS, X)["g"], rtol=1e-6
+    )  # the mean's own derivative vanishes
+    np.testing.assert_allclose(jax.grad(stopped)(PARAMS, X)["w"], jax.grad(right)(PARAMS, X)["w"], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"central difference.*`\['(w|g)'\]` \(\d"):
+        hj.check_hvp(stopped, PARAMS, X)
+
+
+def test_linear_and_kinked_losses_are_no_false_alarm():
+    assert hj.check_hvp(lambda w: 1e6 * w @ jnp.arange(3.0), jnp.ones(3)) <= 1
+    assert hj.check_hvp(lambda w: jnp.sum(jax.nn.relu(w) ** 2), jnp.array([1.0, -1.0, 0.5])) < 1e-7
+
+
+def test_a_hessian_that_should_vanish_and_does_not_is_found():
+    @jax.custom_jvp
+    def gradient_of_linear(w):
+        return jnp.ones_like(w)
+
+    gradient_of_linear.defjvp(lambda p, t: (jnp.ones_like(p[0]), t[0]))
+
+    @jax.custom_jvp
+    def linear(w):
+        return jnp.sum(w)
+
+    linear.defjvp(lambda p, t: (jnp.sum(p[0]), gradient_of_linear(p[0]) @ t[0]))
+    with pytest.raises(ValueError, match="second derivative is wrong"):
+        hj.check_hvp(linear, jnp.ones(3))
+
+
+def test_what_cannot_be_checked_says_so():
+    def noisy(w):
+        return jnp.sum(jnp.sin(1e9 * w))
+
+    with pytest.raises(ValueError, match="do not settle"):
+        hj.check_hvp(noisy, jnp.ones(3))
+    with pytest.raises(ValueError, match="finite `vector`"):
+        hj.check_hvp(jnp.sum, jnp.ones(3), vector=jnp.zeros(3))
+    with pytest.raises(TypeError, match="step"):
+        hj.check_hvp(lambda p: p["w"], {"w": jnp.ones(()), "step": 3})
+
+
+def test_the_x64_flag_stays():
+    before = jax.config.jax_enable_x64
+    hj.check_hvp(lambda w: jnp.sum(w**3), jnp.ones(2))
+    assert jax.config.jax_enable_x64 == before
+    assert jnp.ones(1).dtype == (jnp.float64 if before else jnp.float32)
