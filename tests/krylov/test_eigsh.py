@@ -42,9 +42,9 @@ def test_no_lie_on_hard_spectra(which, dtype, x64, key):
                 assert bool(pairs.converged.all()) or (name, which) in {("decaying", "SA"), ("decaying", "BE")}, name
 
 
-@pytest.mark.parametrize("stage", ["early", "middle", "late"])
+@pytest.mark.parametrize("stage", ["early", pytest.param("middle", marks=pytest.mark.slow), "late"])
 @pytest.mark.parametrize("which", ["LM", "LA", "SA"])
-@pytest.mark.parametrize("k", [1, 6, 20])
+@pytest.mark.parametrize("k", [1, 6, pytest.param(20, marks=pytest.mark.slow)])
 def test_network_hessians_against_dense(stage, which, k, network_hessians, x64, key):
     model, dense, eigenvalues = network_hessians[stage]
     for dtype, tol in ((jnp.float64, 1e-6), (jnp.float64, 0.0), (jnp.float32, 1e-3)):
@@ -65,29 +65,31 @@ def test_network_hessians_against_dense(stage, which, k, network_hessians, x64, 
         assert np.all(true <= 2 * pairs.residuals + rounding)
 
 
-class CountedMatrix(LinearOperator):
-    def __init__(self, matrix):
-        super().__init__(dtype=matrix.dtype, shape=matrix.shape)
-        self.matrix, self.calls = matrix, 0
+class CountedDiagonal(LinearOperator):
+    def __init__(self, eigenvalues):
+        super().__init__(dtype=eigenvalues.dtype, shape=(len(eigenvalues), len(eigenvalues)))
+        self.eigenvalues, self.calls = eigenvalues, 0
 
     def _matvec(self, x):
         self.calls += 1
-        return self.matrix @ x
+        return self.eigenvalues * x
 
 
 def test_fewer_products_than_scipy(network_hessians, x64):
+    """On the spectra of network Hessians: from normal start vectors the count depends on the eigenvalues alone."""
     ratios = {}
     for stage in ("middle", "late"):
-        model, dense, _ = network_hessians[stage]
+        eigenvalues = network_hessians[stage][2]
         for which in ("LA", "SA"):
             for k in (1, 6, 20):
                 for tol in (1e-3, 1e-6):
                     ours, theirs = 0, 0
                     for seed in range(3):
-                        matrix = CountedMatrix(dense)
-                        start = np.random.default_rng(seed).standard_normal(len(dense))
+                        matrix = CountedDiagonal(eigenvalues)
+                        start = np.random.default_rng(seed).standard_normal(len(eigenvalues))
                         eigsh(matrix, k, which=which, tol=tol, v0=start, return_eigenvectors=False)
-                        pairs = hj.eigsh(model.hessian(), k, jax.random.key(seed), which=which, tol=tol)
+                        op = Diagonal(jnp.asarray(eigenvalues))
+                        pairs = hj.eigsh(op, k, jax.random.key(seed), which=which, tol=tol)
                         ours, theirs = ours + int(pairs.num_matvecs), theirs + matrix.calls
                     ratios[stage, which, k, tol] = ours / theirs
     assert np.exp(np.mean(np.log(list(ratios.values())))) <= 0.65, ratios
