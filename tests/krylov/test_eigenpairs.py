@@ -14,7 +14,7 @@ def outliers(rng):
 
 
 @pytest.mark.parametrize("n", [100, N])
-@pytest.mark.parametrize("which", ["LA", "LM", "BE"])
+@pytest.mark.parametrize("which", ["LA", *(pytest.param(which, marks=pytest.mark.slow) for which in ("LM", "BE"))])
 def test_error_bounds_hold_and_are_sharper_than_residuals(n, which, x64, key, rng):
     turn = np.linalg.qr(rng.standard_normal((n, n)))[0]
     spectra = (outliers(rng)[:n], rng.standard_normal(n), np.r_[1 + 1e-6 * np.arange(5), rng.uniform(-1, 0.9, n - 5)])
@@ -46,6 +46,7 @@ def test_angle_bounds_hold(x64, key, rng):
     assert known >= 6
 
 
+@pytest.mark.slow
 def test_no_sharp_bound_inside_a_cluster(x64, key):
     pairs = hj.eigsh(
         Diagonal(jnp.asarray(np.r_[np.ones(3), np.linspace(-1, 0.5, N - 3)])), 4, key, which="LA", tol=1e-6
@@ -81,6 +82,7 @@ def test_a_product_that_changes_is_not_converged(key):
     assert float(pairs.noise) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_clean_product_measures_as_rounding(key):
     values = jnp.linspace(0.0, 2.0, N)
     plain, measured = (
@@ -91,7 +93,10 @@ def test_a_clean_product_measures_as_rounding(key):
     np.testing.assert_allclose(measured.eigenvalues, plain.eigenvalues, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "storage", "reach"), [("float32", "bfloat16", 0.05), ("float64", "float32", 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "storage", "reach"),
+    [("float32", "bfloat16", 0.05), pytest.param("float64", "float32", 1e-6, marks=pytest.mark.slow)],
+)
 def test_narrow_basis_keeps_its_word(dtype, storage, reach, x64, key, rng):
     values = outliers(rng)
     op, scale = Diagonal(jnp.asarray(values, dtype)), 12.0

@@ -22,7 +22,7 @@ def nearest(values, sigma, k):
     return np.sort(values[np.argsort(np.abs(values - sigma), kind="stable")[:k]])
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.float64])
 def test_eigenvalues_nearest_to_a_shift_without_the_matrix(dtype, x64, key):
     k, tol = 4, 1e-4
     for name, (spectrum, sigma) in SPECTRA.items():
@@ -53,6 +53,7 @@ def test_interior_products_are_all_counted(x64, key):
     assert len(calls) == int(pairs.num_matvecs)
 
 
+@pytest.mark.slow
 def test_giving_up_inside_the_spectrum_is_said(x64, key):
     values = jnp.linspace(-1.0, 1.0, N)
     pairs = hj.eigsh(Diagonal(values), 4, key, which="SM", tol=1e-4, ncv=20, maxiter=1)
@@ -86,6 +87,7 @@ def test_shift_may_be_traced_and_derivatives_pass(x64, key):
         np.testing.assert_allclose(gradient, (values == low) | (values == low + 1), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_nan_inside_the_spectrum_ends_unconverged(key):
     pairs = hj.eigsh(Diagonal(jnp.full(N, jnp.nan)), 4, key, which="SM")
     assert not bool(pairs.converged.any())

@@ -20,7 +20,7 @@ def peak(k, ncv, storage=None, n=N):
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
-@pytest.mark.parametrize(("k", "ncv"), [(1, 20), (6, 100)])
+@pytest.mark.parametrize(("k", "ncv"), [pytest.param(1, 20, marks=pytest.mark.slow), (6, 100)])
 def test_compiled_program_holds_what_was_promised(k, ncv):
     op = Diagonal(jnp.linspace(0.0, 1.0, N))
     measured, estimate = peak(k, ncv), hj.memory_estimate(op, k, ncv)
