@@ -32,7 +32,8 @@ def channel_last(function: Callable[..., PyTree[Array]]) -> Callable[..., PyTree
     """
 
     def traced(*args: PyTree[Array]) -> PyTree[Array]:
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] set at run time. Values may be looked at
+        # Without `jit` a function may look at its values, which tracing forbids.
+        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] jax adds its options at run time
             return function(*args)
         program, structure = jax.make_jaxpr(function, return_shape=True)(*args)
         leaves = jax.core.eval_jaxpr(_rewrite(program.jaxpr, {}), program.consts, *jtu.tree_leaves(args))
@@ -114,8 +115,10 @@ def _convolve_channel_last(
     rhs = jnp.transpose(rhs, (*rhs_axes[2:], rhs_axes[1], rhs_axes[0]))
     if batch_group_count > 1:
         # Groups of the batch meet their own output features: as groups of input features XLA runs them 15 times faster.
-        groups = lhs.reshape(batch_group_count, -1, *lhs.shape[1:])
-        lhs = jnp.moveaxis(groups, 0, -2).reshape(*groups.shape[1:-1], -1)
+        batch, *space, channels = lhs.shape
+        batch //= batch_group_count
+        lhs = jnp.moveaxis(lhs.reshape(batch_group_count, batch, *space, channels), 0, -2)
+        lhs = lhs.reshape(batch, *space, batch_group_count * channels)
         feature_group_count = batch_group_count
     out = conv_general_dilated_p.bind(
         lhs,

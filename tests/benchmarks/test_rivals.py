@@ -17,6 +17,8 @@ from benchmarks._cases import (
 )
 from benchmarks._rivals import RIVALS, Unavailable
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 DIAGONAL = np.concatenate([[-9.0, -7.0, -4.0], np.linspace(-1, 1, 60), [3.0, 5.0, 8.0]]).astype(np.float32)
 
 

@@ -5,6 +5,8 @@ import pytest
 
 import hessjax as hj
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 
 def layer_norm(x, stop):
     mean = x.mean()

@@ -7,6 +7,8 @@ import pytest
 
 import hessjax as hj
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0, dtype=np.float64)).reshape(6, 4)
 Y = np.arange(6) % 3

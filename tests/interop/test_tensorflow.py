@@ -5,6 +5,8 @@ import pytest
 
 import hessjax as hj
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 X = np.sin(np.arange(24.0)).reshape(6, 4)
 Y = np.cos(np.arange(18.0)).reshape(6, 3)
 

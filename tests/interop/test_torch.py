@@ -6,6 +6,8 @@ import pytest
 
 import hessjax as hj
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels

@@ -9,6 +9,8 @@ from models import CASES, SLICES, assert_equal, dense, mixture, mlp, problem, so
 import hessjax as hj
 from hessjax.operators._output_root import root_of
 
+pytestmark = pytest.mark.slow  # minutes on two cores
+
 
 @pytest.mark.parametrize(("network", "loss"), CASES)
 def test_is_the_jacobian_around_the_loss_hessian(network, loss, x64):
