@@ -219,7 +219,7 @@ def _thresholds(
         reach = jnp.maximum(start, values + least)
         apart = values[1:] - least > reach[:-1]
         threshold = reach[jnp.argmax(jnp.append(apart, True))]
-        return threshold, threshold <= start + least
+        return threshold, threshold <= start + 1.25 * least
 
     k, infinity = values.size, jnp.array(jnp.inf, values.dtype)
     low, high, decisive = -infinity, infinity, jnp.ones((), bool)
