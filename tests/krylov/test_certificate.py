@@ -49,4 +49,4 @@ def test_a_probe_stays_orthogonal_to_the_rows_and_gives_no_false_alarm(dense_bul
             np.testing.assert_allclose(np.asarray(state.probe.overlap)[frontier], overlap, atol=1e-11)
             longest = max(longest, int(state.probe.steps))
     assert int(state.status) == CERTIFIED
-    assert longest > 200  # it has dug
+    assert longest >= 200  # it has dug
