@@ -1,6 +1,7 @@
 """Inverse products: (A + δI) x = b for a positive definite A + δI, by conjugate gradients."""
 
 import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._function import as_integer
 from hessjax._vectors import as_vector, divide, epsilon, norm, scalar_dtype, subtract
-from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._operator import Operator, as_operator, multiply
 
 
 class Solution(eqx.Module):
@@ -98,7 +99,7 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
     # Of length one, so that squares neither overflow nor vanish; and CG's own residual drifts from the true one.
     size = norm(b)
-    value, _ = cg(op.product, divide(b, size), tol=tol / 2, maxiter=maxiter)  # pyright: ignore[reportArgumentType] a traced `tol` is fine
+    value, _ = cg(partial(multiply, op), divide(b, size), tol=tol / 2, maxiter=maxiter)  # pyright: ignore[reportArgumentType] a traced `tol` is fine
     value = jtu.tree_map(lambda x: (size * x).astype(x.dtype), value)
-    residual = norm(subtract(b, jnp.ones((), size.dtype), op.product(value)))
+    residual = norm(subtract(b, jnp.ones((), size.dtype), multiply(op, value)))
     return Solution(value, residual, residual <= tol * size)

@@ -84,10 +84,12 @@ def map_blocks(
     """Runs an algorithm on every block of `hj.per_block`, compiled once for all blocks of equal shapes.
 
     Blocks whose leaves have the same shapes and dtypes run one after another in one loop, which chooses the block at
-    run time: twelve equal layers of a transformer cost the compilation of one.
+    run time: twelve equal layers of a transformer cost the compilation of one. A second call with the same function
+    and new parameters of the same shapes compiles nothing.
 
     Args:
-        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`.
+        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`. It runs under
+            `jax.jit`, as a static argument: define it once, outside the training loop.
         op: symmetric A.
         key: split into one key per block.
         group: as `hj.per_block` takes it.
@@ -171,11 +173,12 @@ class FamilyBlock(Operator):
         return [[place for place, flag in enumerate(selected) if flag] for selected in self.family]
 
 
+@eqx.filter_jit
 def _run(
     function: Callable[[Operator, PRNGKeyArray], PyTree],
     op: Operator,
     family: tuple[Selection, ...],
-    keys: Any,
+    keys: PRNGKeyArray,
 ) -> list[PyTree]:
     """The function's values on the blocks of one family."""
     if len(family) == 1:
