@@ -178,7 +178,7 @@ def _run(
     function: Callable[[Operator, PRNGKeyArray], PyTree],
     op: Operator,
     family: tuple[Selection, ...],
-    keys: PRNGKeyArray,
+    keys: Any,
 ) -> list[PyTree]:
     """The function's values on the blocks of one family."""
     if len(family) == 1:

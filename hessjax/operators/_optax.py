@@ -37,8 +37,8 @@ def adam_preconditioner(
 
     The state is found inside `chain`, `named_chain`, `masked`, `multi_transform`, `MultiSteps` and the like. Whatever
     optax does after the division (learning rate, momentum, trust ratio) has no part in D. Other optimizers' states are
-    refused by name. But `adamax`, `radam` and `yogi` keep Adam's state and cannot be told from it: D is right for `yogi`
-    with `eps=1e-3`, right up to one scalar factor for `radam`, and wrong for `adamax`.
+    refused by name. But some keep Adam's state and cannot be told from it: D is right for `yogi` with `eps=1e-3`, right
+    up to one scalar factor for `radam`, and wrong for `adamax` and `adopt`.
 
     Args:
         opt_state: the state after at least one update; D is not finite before.
