@@ -14,7 +14,7 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._function import as_integer
-from hessjax._vectors import as_vector, divide, epsilon, norm, scalar_dtype, subtract
+from hessjax._vectors import as_vector, divide, epsilon, inner, norm, scalar_dtype, subtract
 from hessjax.operators._operator import Operator, as_operator, multiply
 
 
@@ -25,11 +25,15 @@ class Solution(eqx.Module):
         value: x, with the operator's structure.
         residual: ‖b - (A + δI) x‖, absolute, from a product of its own.
         converged: whether the residual is at most tol · ‖b‖. Never true where a number is not finite.
+        curvature: the Rayleigh quotient xᵀ(A + δI)x / xᵀx, zero for x = 0. A negative one proves that A + δI is not
+            positive definite: then x, converged or not, solves no least-squares problem and is no descent direction. A
+            positive one proves nothing.
     """
 
     value: PyTree[Array]
     residual: Float[Array, ""]
     converged: Bool[Array, ""]
+    curvature: Float[Array, ""]
 
 
 def solve(
@@ -45,8 +49,8 @@ def solve(
 
     The iteration is `jax.scipy.sparse.linalg.cg`; what this adds is the check of the result. It needs A + δI positive
     definite: a Gauss-Newton or Fisher matrix with δ > 0, or a Hessian damped beyond its most negative eigenvalue (see
-    `hj.eigsh` with `which="SA"`). On an indefinite matrix it may break down, which the residual tells. The error of x
-    is at most residual / (λ_min + δ). Works inside `jit`, `vmap` and `scan`, and derivatives are those of the exact
+    `hj.eigsh` with `which="SA"`). On an indefinite matrix it may break down, which the residual tells, or end at the
+    solution all the same, where the curvature may tell. The error of x is at most residual / min |λ + δ|. Works inside `jit`, `vmap` and `scan`, and derivatives are those of the exact
     solution, in forward and reverse mode.
 
     Args:
@@ -101,5 +105,6 @@ def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
     size = norm(b)
     value, _ = cg(partial(multiply, op), divide(b, size), tol=tol / 2, maxiter=maxiter)  # pyright: ignore[reportArgumentType] a traced `tol` is fine
     value = jtu.tree_map(lambda x: (size * x).astype(x.dtype), value)
-    residual = norm(subtract(b, jnp.ones((), size.dtype), multiply(op, value)))
-    return Solution(value, residual, residual <= tol * size)
+    image, length = multiply(op, value), norm(value)
+    residual = norm(subtract(b, jnp.ones((), size.dtype), image))
+    return Solution(value, residual, residual <= tol * size, inner(divide(value, length), divide(image, length)))

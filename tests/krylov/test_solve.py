@@ -51,11 +51,23 @@ def test_breakdown_and_impossible_tolerances_are_told():
     assert bool(floor.converged) == (np.linalg.norm(true) <= 1e-9 * 50**0.5)
 
 
+def test_a_solution_that_an_indefinite_matrix_has_is_told_from_a_minimum(rng, x64):
+    values = jnp.asarray([*rng.uniform(1, 2, 20), -0.01])
+    found = hj.solve(Diagonal(values), jnp.ones(21), tol=1e-8)
+    true = values * found.value - 1
+    assert bool(found.converged) == (np.linalg.norm(true) <= 1e-8 * 21**0.5)
+    x = np.asarray(found.value)
+    np.testing.assert_allclose(found.curvature, x @ (values * x) / (x @ x), rtol=1e-10)
+    assert found.curvature < 0
+    assert hj.solve(Diagonal(values), jnp.ones(21), damping=0.02).curvature > 0
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_scale_of_the_right_hand_side_does_not_matter(scale):
     found = hj.solve(Diagonal(jnp.array([1.0, 2.0, 5.0])), jnp.full(3, scale), tol=1e-5)
     np.testing.assert_allclose(found.value, scale / np.array([1.0, 2.0, 5.0]), rtol=1e-5)
     assert found.converged
+    assert 1 < found.curvature < 5
 
 
 def test_zero_has_the_solution_zero():

@@ -108,6 +108,17 @@ def test_root_of_a_semidefinite_matrix_of_any_rank(rank, rng, x64):
     assert np.count_nonzero(np.abs(root).max(0)) == rank
 
 
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_root_does_not_hang_on_rounding(classes, rng, x64):
+    """Another program rounds in another way, and must find the same root: samples are drawn through it."""
+    z = jnp.asarray(rng.standard_normal((50, classes)))
+    p = jax.nn.softmax(z)
+    matrices = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None, :]
+    noise = 1 + np.finfo(float).eps * rng.integers(-1, 2, matrices.shape)
+    roots = jax.jit(jax.vmap(root_of))(jnp.stack([matrices, matrices * noise]).reshape(-1, classes, classes))
+    np.testing.assert_allclose(roots[:50], roots[50:], atol=1e-13)
+
+
 def test_root_keeps_what_lies_beside_a_small_diagonal_entry(x64):
     matrix = jnp.array([[1e-15, 3e-8], [3e-8, 1.0]])
     root = root_of(matrix)
