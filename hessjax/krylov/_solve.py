@@ -50,8 +50,8 @@ def solve(
     The iteration is `jax.scipy.sparse.linalg.cg`; what this adds is the check of the result. It needs A + δI positive
     definite: a Gauss-Newton or Fisher matrix with δ > 0, or a Hessian damped beyond its most negative eigenvalue (see
     `hj.eigsh` with `which="SA"`). On an indefinite matrix it may break down, which the residual tells, or end at the
-    solution all the same, where the curvature may tell. The error of x is at most residual / min |λ + δ|. Works inside `jit`, `vmap` and `scan`, and derivatives are those of the exact
-    solution, in forward and reverse mode.
+    solution all the same, where the curvature may tell. The error of x is at most residual / min |λ + δ|. Works inside
+    `jit`, `vmap` and `scan`, and derivatives are those of the exact solution, in forward and reverse mode.
 
     Args:
         op: symmetric A.
@@ -103,7 +103,12 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
     # Of length one, so that squares neither overflow nor vanish; and CG's own residual drifts from the true one.
     size = norm(b)
-    value, _ = cg(partial(multiply, op), divide(b, size), tol=tol / 2, maxiter=maxiter)  # pyright: ignore[reportArgumentType] a traced `tol` is fine
+    value, _ = cg(
+        partial(multiply, op),
+        divide(b, size),
+        tol=tol / 2,  # pyright: ignore[reportArgumentType] a traced one is fine
+        maxiter=maxiter,
+    )
     value = jtu.tree_map(lambda x: (size * x).astype(x.dtype), value)
     image, length = multiply(op, value), norm(value)
     residual = norm(subtract(b, jnp.ones((), size.dtype), image))

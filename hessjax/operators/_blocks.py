@@ -70,6 +70,9 @@ def per_block(op: Operator | Any, group: Callable[[str], Any] | None = None) -> 
         {"['dense']": 9, "['scale']": 1}
         >>> list(hj.per_block(A, lambda path: "matrices" if "w" in path else "rest"))
         ['rest', 'matrices']
+        >>> flat = {"0.weight": jnp.ones((2, 3)), "0.bias": jnp.ones(2), "2.weight": jnp.ones((1, 2))}   # as from torch
+        >>> list(hj.per_block(hj.operator(lambda v: v, flat), lambda path: path.strip("[']").rpartition(".")[0]))
+        ['0', '2']
     """
     op = as_operator(op, None)
     return {name: Block(op, selected) for name, selected in _blocks(op.structure, group).items()}
@@ -88,8 +91,8 @@ def map_blocks(
     and new parameters of the same shapes compiles nothing.
 
     Args:
-        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`. It runs under
-            `jax.jit`, as a static argument: define it once, outside the training loop.
+        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`. It runs
+            under `jax.jit`, as a static argument: define it once, outside the training loop.
         op: symmetric A.
         key: split into one key per block.
         group: as `hj.per_block` takes it.

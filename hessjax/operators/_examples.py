@@ -90,7 +90,7 @@ def as_arguments(params: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTre
         return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     data = jtu.tree_map_with_path(convert, (inputs, targets))
-    count_examples(data)
+    count_examples(dict(zip(("inputs", "targets"), data, strict=True)))
     return params, data
 
 

@@ -29,8 +29,9 @@ def adam_preconditioner(
     """The diagonal D by which an adaptive optimizer divided its last update, from the optax state after that update.
 
     - Adam (`adam`, `adamw`, `scale_by_adam`; `amsgrad` with its running maximum for ν̂):
-      D = (1 - b1ᵗ) (√(ν / (1 - b2ᵗ) + eps_root) + eps), so that the update is -lr · μ / D with the state's own μ, before
-      any weight decay. Nesterov's form (`nadam`) has the same D, with b1 μ (1 - b1ᵗ) / (1 - b1ᵗ⁺¹) + (1 - b1) g for μ.
+      D = (1 - b1ᵗ) (√(ν / (1 - b2ᵗ) + eps_root) + eps), so that the update is -lr · μ / D with the state's own μ,
+      before any weight decay. Nesterov's form (`nadam`) has the same D, with
+      b1 μ (1 - b1ᵗ) / (1 - b1ᵗ⁺¹) + (1 - b1) g for μ.
     - RMSProp (`rmsprop`, `scale_by_rms`, centred or not): D = √(ν + eps), or √ν + eps with `eps_in_sqrt=False`; b2 is
       optax's `decay`, for the bias correction where it is on.
     - Adagrad (`adagrad`, `scale_by_rss`): D = √(Σ g² + eps), infinite where no gradient came yet.

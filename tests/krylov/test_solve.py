@@ -7,8 +7,6 @@ from models import dense, mixture, problem
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def test_inverse_product_of_a_damped_gauss_newton_matrix(x64):
     forward, params, inputs, targets = problem("mlp", "softmax")

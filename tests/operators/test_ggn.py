@@ -9,8 +9,6 @@ from models import CASES, SLICES, assert_equal, dense, mixture, mlp, problem, so
 import hessjax as hj
 from hessjax.operators._output_root import root_of
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 @pytest.mark.parametrize(("network", "loss"), CASES)
 def test_is_the_jacobian_around_the_loss_hessian(network, loss, x64):
@@ -108,7 +106,7 @@ def test_root_of_a_semidefinite_matrix_of_any_rank(rank, rng, x64):
     assert np.count_nonzero(np.abs(root).max(0)) == rank
 
 
-@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+@pytest.mark.parametrize("classes", [2, 10])
 def test_root_does_not_hang_on_rounding(classes, rng, x64):
     """Another program rounds in another way, and must find the same root: samples are drawn through it."""
     z = jnp.asarray(rng.standard_normal((50, classes)))

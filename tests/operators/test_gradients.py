@@ -6,8 +6,6 @@ from models import CASES, SLICES, assert_equal, dense, mixture, mlp, problem, so
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 @pytest.mark.parametrize(("network", "loss"), CASES)
 def test_empirical_fisher_is_the_second_moment_of_the_gradients(network, loss, x64):

@@ -7,8 +7,6 @@ from models import assert_equal, dense, mixture, problem
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def test_is_the_matrix_between_roots_of_the_scale(rng, x64):
     forward, params, inputs, targets = problem("mlp", "softmax")
