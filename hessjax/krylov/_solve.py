@@ -1,7 +1,6 @@
 """Inverse products: (A + δI) x = b for a positive definite A + δI, by conjugate gradients."""
 
 import math
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -101,15 +100,27 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 
 @eqx.filter_jit
 def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
-    # Of length one, so that squares neither overflow nor vanish; and CG's own residual drifts from the true one.
-    size = norm(b)
+    # Of length one, so that squares neither overflow nor vanish; x is linear in b, and the length has no derivative.
+    size = jax.lax.stop_gradient(norm(b))
+    unit = jnp.where(size > 0, size, 1)
+    structure = op.structure
+
+    # CG's vectors are in one dtype, that of its scalars; the products are in the leaves' own.
+    def matvec(vector: PyTree) -> PyTree:
+        return _as(size.dtype, multiply(op, jtu.tree_map(lambda x, spec: x.astype(spec.dtype), vector, structure)))
+
     value, _ = cg(
-        partial(multiply, op),
-        divide(b, size),
+        matvec,
+        jtu.tree_map(lambda x: x / unit, _as(size.dtype, b)),
         tol=tol / 2,  # pyright: ignore[reportArgumentType] a traced one is fine
         maxiter=maxiter,
     )
-    value = jtu.tree_map(lambda x: (size * x).astype(x.dtype), value)
+    value = jtu.tree_map(lambda x, spec: (unit * x).astype(spec.dtype), value, structure)
+    # CG's own residual drifts from the true one.
     image, length = multiply(op, value), norm(value)
     residual = norm(subtract(b, jnp.ones((), size.dtype), image))
     return Solution(value, residual, residual <= tol * size, inner(divide(value, length), divide(image, length)))
+
+
+def _as(dtype: Any, vector: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: x.astype(dtype), vector)

@@ -86,6 +86,22 @@ def test_derivatives_are_those_of_the_solution(rng, x64):
         np.testing.assert_allclose(found, truth, rtol=1e-8)
 
 
+def test_a_zero_right_hand_side_has_the_inverse_as_its_derivative(x64):
+    inverse = jax.jacrev(lambda b: hj.solve(Diagonal(jnp.array([1.0, 4.0])), b).value)(jnp.zeros(2))
+    np.testing.assert_allclose(inverse, np.diag([1, 0.25]), rtol=1e-12)
+
+
+def test_leaves_may_differ_in_their_dtypes(x64):
+    b = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2, jnp.float32), "c": jnp.arange(1.0, 3.0)}
+    scale = {"a": 2.0, "b": 4.0, "c": 5.0}
+    op = hj.operator(lambda v: jax.tree.map(lambda s, x: (s * x).astype(x.dtype), scale, v), b)
+    found = hj.solve(op, b, damping=1.0, tol=5e-3)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found.value) == jax.tree.map(lambda leaf: leaf.dtype, b)
+    for name, leaf in found.value.items():
+        np.testing.assert_allclose(np.asarray(leaf, float), np.asarray(b[name], float) / (1 + scale[name]), rtol=2e-2)
+    assert found.converged
+
+
 def test_runs_inside_one_jit_and_under_vmap(rng, x64):
     values, b = jnp.asarray(rng.uniform(1, 2, (3, 8))), jnp.asarray(rng.standard_normal((3, 8)))
     run = jax.jit(jax.vmap(lambda values, b, tol: hj.solve(Diagonal(values), b, tol=tol).value, (0, 0, None)))
