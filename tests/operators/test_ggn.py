@@ -26,7 +26,7 @@ def test_residual_is_what_the_hessian_has_beyond_it(network, loss, x64):
     assert_equal(residual, truth.hessian - truth.ggn)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 4, 100])
+@pytest.mark.parametrize("batch_size", [None, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 100))])
 def test_slices_are_weighted_by_their_count(batch_size, x64):
     forward, params, inputs, targets = problem("mlp", "softmax")
     truth = dense("mlp", "softmax")

@@ -21,7 +21,7 @@ def test_covariance_is_the_centred_one(network, loss, x64):
     assert_equal(C, dense(network, loss).covariance)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 4, 100])
+@pytest.mark.parametrize("batch_size", [None, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 100))])
 def test_slices_are_weighted_by_their_count(batch_size, x64):
     forward, params, inputs, targets = problem("mlp", "squared")
     truth = dense("mlp", "squared")
