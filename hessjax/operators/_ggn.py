@@ -41,8 +41,8 @@ def ggn(
 
     G = (1/N) Σₙ Jₙᵀ Hₙ Jₙ with Jₙ the Jacobian of the n-th output and Hₙ the loss's Hessian at that output: exact for
     any loss that is twice differentiable in its output, and positive semi-definite where it is convex. Hₙ is never
-    formed, so that a vocabulary of any size costs a few arrays of the outputs' size. A product costs two thirds of a
-    Hessian's, with half its memory (a perceptron in a solver's loop, on a CPU).
+    formed, so that a vocabulary of any size costs a few arrays of the outputs' size. A product costs about 0.7 of a
+    Hessian's time and half its memory (perceptrons in a solver's loop, on a CPU).
 
     Args:
         forward: `forward(params, x)` on one example, a pytree whose real floating-point arrays are the outputs z.

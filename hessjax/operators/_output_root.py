@@ -36,11 +36,12 @@ def root_of(matrix: Float[Array, "c c"]) -> Float[Array, "c c"]:
         diagonal = jnp.where(left, jnp.diagonal(rest), -jnp.inf)
         # The first that is large enough, not the largest: equal entries, which a softmax always ends with, would be
         # told apart by rounding, and another program would find another root. The factor is no likely ratio.
-        at = jnp.argmax(diagonal >= 0.618 * jnp.max(diagonal))
-        positive = diagonal[at] > floor
-        column = rest[:, at] / jnp.sqrt(jnp.where(positive, diagonal[at], 1))
+        at = jnp.arange(size) == jnp.argmax(diagonal >= 0.618 * jnp.max(diagonal))
+        pivot = jnp.sum(jnp.where(at, diagonal, 0))
+        positive = pivot > floor
+        column = jnp.sum(jnp.where(at, rest, 0), axis=1) / jnp.sqrt(jnp.where(positive, pivot, 1))
         column = jnp.where(positive & left, column, 0)
-        return (rest - jnp.outer(column, column), left.at[at].set(False)), column
+        return (rest - jnp.outer(column, column), left & ~at), column
 
     _, columns = jax.lax.scan(step, ((matrix + matrix.T) / 2, jnp.ones(size, bool)), None, length=size)
     return columns.T
