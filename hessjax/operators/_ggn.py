@@ -62,8 +62,7 @@ def ggn(
         ValueError: `batch_size` or `mc_samples` is below 1, or one of `mc_samples` and `key` came alone; when called,
             the examples' leading lengths differ or are missing; when applied, the loss is not a scalar or no output is
             a real floating-point array.
-        TypeError: when called, a leaf of `params` is not a floating-point array; when applied, `forward` holds a
-            `jax.custom_vjp`, which has no forward derivative.
+        TypeError: when called, a leaf of `params` is not a floating-point array.
 
     Example:
         >>> import hessjax as hj, jax.numpy as jnp, optax

@@ -101,6 +101,27 @@ def test_all_run_in_one_program_for_any_parameters_and_never_leave_the_device(ar
         np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-12 * np.abs(exact).max(), err_msg=name)
 
 
+@jax.custom_vjp
+def sine(x):
+    return jnp.sin(x)
+
+
+sine.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda cosine, g: (g * cosine,))
+
+
+@pytest.mark.parametrize("name", ["ggn, sliced", "residual", "empirical fisher", "covariance", "ntk", "small side"])
+def test_a_model_may_have_derivatives_of_its_own_making(name, x64):
+    """A function with a `jax.custom_vjp` has no derivative in forward mode."""
+    inputs = jnp.array([[1.0, 2.0, 0.5], [0.5, 1.0, 1.0], [-1.0, 0.2, 0.7]])
+    targets = {"label": jnp.arange(3), "value": inputs, "bits": 1.0 * (inputs > 0), "weights": jnp.full((3, 3), 0.4)}
+    own, plain = (
+        FAMILY[name](lambda w, x, f=f: f(w @ x), jnp.linspace(-1, 1, 9).reshape(3, 3), inputs, targets).dense()
+        for f in (sine, jnp.sin)
+    )
+    np.testing.assert_allclose(own, plain, atol=1e-13)
+    assert np.abs(own).max() > 0.01
+
+
 @pytest.mark.slow  # one solver to compile for each
 @pytest.mark.parametrize("name", FAMILY)
 def test_eigenvalues_have_derivatives(name, arguments):
