@@ -201,8 +201,8 @@ def _lower(exported: Any, rules: dict[str, Rule]) -> Program:
             continue
         if function is _nothing:
             continue
-        args = _plain(node.args)
-        kwargs = {key: _plain(value) for key, value in node.kwargs.items() if key not in _PLACEMENT}
+        args = as_data(node.args)
+        kwargs = {key: as_data(value) for key, value in node.kwargs.items() if key not in _PLACEMENT}
         instructions.append(Instruction(node.name, function, args, kwargs, _dtypes_of(node), name, layer))
     if missing:
         raise NotImplementedError(_missing_text(missing))
@@ -228,13 +228,14 @@ def _layer_of(node: Any) -> str:
     return deepest.removeprefix("L['self'].").removeprefix("module").removeprefix(".")
 
 
-def _plain(value: Any) -> Any:
+def as_data(value: Any) -> Any:
+    """An argument in a graph, without PyTorch's objects."""
     if isinstance(value, torch.fx.Node):
         return Ref(value.name)
     if isinstance(value, torch.dtype):
         return Dtype(str(value).removeprefix("torch."))
     if isinstance(value, list | tuple):
-        return tuple(_plain(part) for part in value)
+        return tuple(as_data(part) for part in value)
     if isinstance(value, torch.device | torch.layout | torch.memory_format):
         return None
     return value
