@@ -62,9 +62,7 @@ def test_the_hessian_is_that_of_the_loaded_model(keras, tmp_path):
 
 def names_of(model):
     """The parameters' names in Keras's order."""
-    return model.forward.treedef.unflatten(
-        [b if a is None else a for a, b in zip(model.forward.arrays, model.forward.rest, strict=True)]
-    ).names
+    return model.forward.inner.names
 
 
 def test_what_is_no_keras_model_is_named(keras):

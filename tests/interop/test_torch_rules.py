@@ -12,7 +12,9 @@ from hessjax.interop._torch._program import Instruction, Program, Ref
 from hessjax.interop._torch._rules import RULES, find
 from hessjax.interop._torch._reference import plain_attention
 
-UNUSED = {  # results that no rule computes, and that no graph holds once dead code is gone
+# How many of the results count: the others are indices, or statistics that torch does not differentiate.
+COUNTED = {
+    "native_layer_norm.default": 1,
     "log_sigmoid_forward.default": 1,
     "_native_batch_norm_legit_no_training.default": 1,
     "native_group_norm.default": 1,
@@ -20,7 +22,22 @@ UNUSED = {  # results that no rule computes, and that no graph holds once dead c
     **{f"max_pool{d}d_with_indices.default": 1 for d in (2, 3)},
     **{f"adaptive_max_pool{d}d.default": 1 for d in (1, 2, 3)},
 }
-WRONG_IN_TORCH = {"_weight_norm.default", "_weight_norm_interface.default"}  # differences of gradients are the truth
+# Where torch's second derivative is wrong, missing, or (of lgamma) right to nine digits: differences of its first.
+NO_SECOND_IN_TORCH = {
+    "_weight_norm.default", "_weight_norm_interface.default", "hardsigmoid.default", "lgamma.default",
+    "digamma.default",
+}  # fmt: skip
+INEXACT_IN_TORCH = {"digamma.default": 1e-8, "hardsigmoid.default": 1e-7}  # it keeps a sixth in float32
+# Torch differentiates these not even once; graphs hold them for other ends.
+NO_FIRST_IN_TORCH = {
+    "remainder.Scalar_Tensor", "floor_divide.default", "floor_divide.Scalar", "copy.default", "linspace.Tensor_Scalar",
+    "linspace.Scalar_Tensor", "linspace.Tensor_Tensor",
+}  # fmt: skip
+STEP = 1e-5  # of differences
+CONSTANT = {  # positions of the running statistics, which torch does not differentiate
+    name: (3, 4)
+    for name in ("batch_norm.default", "_native_batch_norm_legit_no_training.default", "instance_norm.default")
+}
 
 
 def overload_of(name):
@@ -58,10 +75,9 @@ def computed_overloads(key):
 
 
 def test_every_rule_and_overload_has_a_case():
-    covered = {key_of(name) for name in CASES} | {key_of(name) for name in NO_CASE}
-    assert covered == set(RULES)
+    assert set(RULES) == {key_of(name) for name in (*CASES, *NO_CASE)} & set(RULES)
     wanted = {name for key in RULES for name in computed_overloads(key)}
-    wanted = {name for name in wanted if not name.endswith(("out", "_copy.str"))}
+    wanted = {name for name in wanted if not name.endswith((".out", "_out", "_copy.str"))}
     assert wanted - set(NO_CASE) == set(CASES)
 
 
@@ -71,34 +87,46 @@ class Compared:
     def __init__(self, name, args, kwargs):
         self.name, self.op = name, overload_of(name)
         self.leaves, self.tree = jtu.tree_flatten((args, kwargs), is_leaf=lambda x: x is None)
-        self.real = [n for n, leaf in enumerate(self.leaves) if is_tensor(leaf) and leaf.dtype == float]
-        self.vectors = [np.cos(np.arange(leaf.size)).reshape(leaf.shape) for leaf in map(self.leaves.__getitem__, self.real)]
+        real = [n for n, leaf in enumerate(self.leaves) if is_tensor(leaf) and leaf.dtype == float]
+        constant = real if name in NO_FIRST_IN_TORCH else CONSTANT.get(name, ())
+        self.real = [n for n in real if n not in constant]
+        self.vectors = [
+            np.cos(np.arange(leaf.size)).reshape(leaf.shape) for leaf in map(self.leaves.__getitem__, self.real)
+        ]
 
     def in_torch(self):
-        tensors = [in_torch(leaf) for leaf in self.leaves]
+        """Results, gradient, and the gradient's derivative along `vectors`."""
+        outputs, gradient, graph = self._gradient_in_torch(0.0)
+        if self.name in NO_SECOND_IN_TORCH:
+            high, low = (self._gradient_in_torch(h)[1] for h in (STEP, -STEP))
+            product = [(a - b) / (2 * STEP) for a, b in zip(high, low, strict=True)]
+        else:
+            pairs = [(g, torch.from_numpy(v)) for g, v in zip(gradient, self.vectors, strict=True) if g.requires_grad]
+            product = [torch.zeros_like(x) for x in graph]
+            if pairs:
+                slopes, along = zip(*pairs, strict=True)
+                with plain_attention():
+                    product = torch.autograd.grad(slopes, graph, along, materialize_grads=True)
+        as_numpy = lambda parts: [np.asarray(p.detach() if isinstance(p, torch.Tensor) else p) for p in parts]
+        return as_numpy(outputs), as_numpy(gradient), as_numpy(product)
+
+    def _gradient_in_torch(self, step):
+        tensors = [in_torch(leaf, n in self.real) for n, leaf in enumerate(self.leaves)]
+        real = [tensors[n] for n in self.real]
+        with torch.no_grad():
+            for x, v in zip(real, self.vectors, strict=True):
+                x += step * torch.from_numpy(v)
         args, kwargs = jtu.tree_unflatten(self.tree, tensors)
         with plain_attention():
             outputs = self.op(*args, **kwargs)
-            outputs = [outputs] if not isinstance(outputs, list | tuple) else list(outputs)
-            outputs = outputs[: UNUSED.get(self.name)]
+            self.several = isinstance(outputs, list | tuple)
+            outputs = list(outputs)[: COUNTED.get(self.name)] if self.several else [outputs]
             self.dtypes = tuple(str(o.dtype)[6:] if isinstance(o, torch.Tensor) else None for o in outputs)
-            real = [tensors[n] for n in self.real]
-            total = sum(
-                (weights(o.shape, torch) * torch.sin(o)).sum()
-                for o in outputs
-                if isinstance(o, torch.Tensor) and o.requires_grad and o.is_floating_point()
-            )
-            zeros = [torch.zeros_like(x) for x in real]
-            gradient = product = zeros
-            if isinstance(total, torch.Tensor):
-                gradient = torch.autograd.grad(total, real, create_graph=True, materialize_grads=True)
-                pairs = [(g, torch.from_numpy(v)) for g, v in zip(gradient, self.vectors) if g.requires_grad]
-                if pairs:
-                    product = torch.autograd.grad(
-                        [g for g, _ in pairs], real, [v for _, v in pairs], materialize_grads=True
-                    )
-        numpy = lambda parts: [np.asarray(p.detach() if isinstance(p, torch.Tensor) else p) for p in parts]
-        return numpy(outputs), numpy(gradient), numpy(product)
+            smooth = [o for o in outputs if isinstance(o, torch.Tensor) and o.requires_grad]
+            total = sum((weights(o.shape, torch) * torch.sin(o)).sum() for o in smooth)
+            if not smooth or not real:
+                return outputs, [torch.zeros_like(x) for x in real], real
+            return outputs, torch.autograd.grad(total, real, create_graph=True, materialize_grads=True), real
 
     def by_rule(self):
         positions = [n for n, leaf in enumerate(self.leaves) if is_tensor(leaf)]
@@ -106,29 +134,29 @@ class Compared:
         nodes = [Ref(f"x{n}") if n in positions else in_torch(leaf) for n, leaf in enumerate(self.leaves)]
         args, kwargs = jtu.tree_unflatten(self.tree, nodes)
         rule = find(str(self.op), {})
-        assert rule is not None
         kwargs = {key: as_data(part) for key, part in kwargs.items()}
-        step = Instruction("y", rule, as_data(args), kwargs, self.dtypes, str(self.op), "")
-        program = Program((step,), tuple(names), {}, (Ref("y"),))
+        call = Instruction("y", rule, as_data(args), kwargs, self.dtypes, str(self.op), "")
+        parts = [
+            Instruction(
+                f"y{n}", lambda y, n=n: jnp.asarray(y[n] if self.several else y), (Ref("y"),), {}, (dtype,), "", ""
+            )
+            for n, dtype in enumerate(self.dtypes)
+        ]
+        program = Program((call, *parts), tuple(names), {}, tuple(Ref(part.name) for part in parts))
 
         def outputs_of(real):
             leaves = list(self.leaves)
             for n, x in zip(self.real, real, strict=True):
                 leaves[n] = x
-            (outputs,) = program.run({}, [jnp.asarray(leaves[n]) for n in positions])
-            outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
-            return [o for o in outputs if o is not None][: UNUSED.get(self.name)]
+            return program.run({}, [jnp.asarray(leaves[n]) for n in positions])
 
         def total(real):
-            outputs = [o for o in outputs_of(real) if getattr(o, "dtype", None) == float]
+            outputs = [o for o in outputs_of(real) if o.dtype == float]
             return sum((jnp.sum(weights(o.shape, jnp) * jnp.sin(o)) for o in outputs), jnp.zeros(()))
 
         real = [jnp.asarray(self.leaves[n]) for n in self.real]
         vectors = [jnp.asarray(v) for v in self.vectors]
         gradient, product = jax.jvp(jax.grad(total), (real,), (vectors,))
-        if self.name in WRONG_IN_TORCH:
-            high, low = (jax.grad(total)([x + h * v for x, v in zip(real, vectors)]) for h in (1e-5, -1e-5))
-            self.quotient = [(a - b) / 2e-5 for a, b in zip(high, low)]
         return outputs_of(real), gradient, product
 
 
@@ -143,13 +171,14 @@ def test_results_gradient_and_product_are_those_of_torch(x64, name):
     for args, kwargs in CASES[name]:
         compared = Compared(name, args, kwargs)
         theirs, ours = compared.in_torch(), compared.by_rule()
-        assert len(ours[0]) == len(theirs[0])
         for mine, other in zip(ours[0], theirs[0], strict=True):
-            assert np.shape(mine) == np.shape(other)
-            assert jnp.asarray(mine).dtype == other.dtype
+            assert mine.shape == other.shape
+            assert mine.dtype == other.dtype
             np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-13)
+        first = INEXACT_IN_TORCH.get(name, 1e-10)
+        second = max(first, 1e-8 if name in NO_SECOND_IN_TORCH else 0)
         for mine, other in zip(ours[1], theirs[1], strict=True):
-            np.testing.assert_allclose(mine, other, rtol=1e-10, atol=1e-12)
-        products, tolerance = (compared.quotient, 1e-8) if name in WRONG_IN_TORCH else (theirs[2], 1e-10)
-        for mine, other in zip(ours[2], products, strict=True):
-            np.testing.assert_allclose(mine, other, rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(mine, other, rtol=first, atol=first / 100)
+        for mine, other in zip(ours[2], theirs[2], strict=True):
+            known = np.isfinite(other)  # at the norm of zeros torch has no number
+            np.testing.assert_allclose(mine[known], other[known], rtol=second, atol=second)

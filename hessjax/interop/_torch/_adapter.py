@@ -69,8 +69,8 @@ def convert(
     kwargs: dict[str, Any],
 ) -> Ported:
     """The body of `hj.from_torch`, which see."""
-    check_plain(module)
     module = getattr(module, "_orig_mod", module)  # under torch.compile
+    check_plain(module)
     inputs, targets = read(data)
     params, constants = _tensors(module)
     select = as_tree if output is None else output
@@ -225,13 +225,20 @@ def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Ten
 
 def _proof(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     """Compares in float64; where the source computes in less inside, in its own precision instead."""
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained_parameters(source.module).values()}
     try:
         return _compared(model, source.doubled(), loss, verify, wide=True)
     except (ValueError, RuntimeError):
-        if dtypes == {"float64"}:
+        if _precision(model, source) == "float64":
             raise
         return _compared(model, source, loss, verify, wide=False)
+
+
+def _precision(model: Ported, source: Source) -> str:
+    """The least precise dtype that the module computes in: some Hugging Face layers are in float32 in any module."""
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in (*source.module.parameters(), *source.outputs)}
+    forward = model.forward.inner
+    dtypes |= forward.program.dtypes() if isinstance(forward, Converted) else set()
+    return min((d for d in dtypes if jnp.issubdtype(jnp.dtype(d), jnp.floating)), key=lambda d: jnp.dtype(d).itemsize)
 
 
 def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool) -> Parity:
@@ -249,7 +256,7 @@ def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool)
         if verify == "gradient":
             value, gradient = _torch_gradient(ours, source, loss, outputs)
             found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
-    dtype = "float64" if wide else str(source.outputs[0].dtype).removeprefix("torch.")
+    dtype = "float64" if wide else _precision(model, source)
     parity = demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), tuple(found)))
     if model.batched:
         check_independence(lambda part: _outputs_on(source, part), source.inputs, outputs, parity.tolerance)
@@ -266,7 +273,7 @@ def _outputs_on(source: Source, inputs: PyTree) -> PyTree:
 def _torch_gradient(ours: Model, source: Source, loss: Any, outputs: PyTree) -> tuple[Any, Any]:
     """Loss and gradient by PyTorch; a JAX loss enters through its derivative with respect to the outputs."""
     trained = trained_parameters(source.module)
-    if isinstance(ours.loss.treedef.unflatten(ours.loss.rest), ConvertedLoss):
+    if isinstance(ours.loss.inner, ConvertedLoss):
         value = _torch_loss(loss, source)
         return to_numpy(value), gradient_of([value], [np.ones(())], trained)
 
@@ -288,9 +295,7 @@ def _widened(tree: PyTree) -> PyTree:
 
 def _wide_function(function: Any, wide: bool) -> Any:
     """A converted function that computes in float64."""
-    inner = function.treedef.unflatten(
-        [b if a is None else a for a, b in zip(function.arrays, function.rest, strict=True)]
-    )
+    inner = function.inner
     if not wide or not isinstance(inner, Converted | ConvertedLoss):
         return function
     return eqx.tree_at(

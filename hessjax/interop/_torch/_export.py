@@ -12,7 +12,7 @@ import torch
 
 from hessjax.interop._torch import attention, elementwise, indexing, linear, norms, recurrent, reductions, shapes
 from hessjax.interop._torch._program import Dtype, Instruction, Program, Ref, getitem
-from hessjax.interop._torch._rules import RULES, Rule, find, why_refused
+from hessjax.interop._torch._rules import Rule, find, why_refused
 
 FAMILIES = (attention, elementwise, indexing, linear, norms, recurrent, reductions, shapes)  # their import fills RULES
 _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
@@ -74,9 +74,9 @@ def export(unrolled: Unrolled, leaves: list[torch.Tensor], dynamic: bool, rules:
         warnings.simplefilter("ignore")  # torch's own, about its own internals
         try:
             exported = torch.export.export(unrolled, (example,), dynamic_shapes=shapes_of if dynamic else None)
+            exported = _decomposed(exported, rules)
         except Exception as error:
             raise _explained(error, where) from error
-        exported = _decomposed(exported, rules)
     _refuse_mutation(exported)  # which shows once writes in place have become results
     return _lower(exported, rules), {**dict(exported.state_dict), **exported.constants}
 
@@ -246,5 +246,3 @@ def _dtypes_of(node: Any) -> tuple[str | None, ...]:
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(str(v.dtype).removeprefix("torch.") if isinstance(v, torch.Tensor) else None for v in values)
 
-
-__all__ = ["RULES", "FixedBatch", "Unrolled", "as_tree", "export"]

@@ -36,6 +36,11 @@ def check_plain(module: Any) -> None:
             f"Needs a `torch.nn.Module`, got {type(module).__name__}. A forward written by hand in JAX goes to "
             "`hj.Model(params, data, forward, loss)`."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("A TorchScript module has no Python code left to export: convert the module it was made from.")
+    for name, p in module.named_parameters():
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"`{name}` has no values yet (a lazy layer): call the module on a batch first.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type == "meta":
             raise ValueError(f"`{name}` has no values (it is on the device `meta`): load the weights first.")
