@@ -164,8 +164,10 @@ def weights(shape, library):
     return library.cos(library.arange(int(np.prod(shape)), dtype=library.float64) * 0.7 + 1).reshape(tuple(shape))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+QUICK = {f"{n}.default" for n in ("layer_norm", "convolution", "max_pool2d", "scaled_dot_product_attention", "elu")}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about deprecated overloads
 def test_results_gradient_and_product_are_those_of_torch(x64, name):
     for args, kwargs in CASES[name]:

@@ -17,7 +17,7 @@ from hessjax.interop._parity import Parity, Ported, check_independence, demand, 
 from hessjax.interop._torch._data import read, to_jax, to_numpy, to_tensor, untouched, x64_is_on
 from hessjax.interop._torch._export import FixedBatch, Unrolled, as_tree, export
 from hessjax.interop._torch._program import Program
-from hessjax.interop._torch._reference import check_plain, eager_outputs, gradient_of, trained_parameters
+from hessjax.interop._torch._reference import check_plain, eager_outputs, gradient_of, switched_off, trained_parameters
 from hessjax.interop._torch._rules import Rule
 
 _EXAMPLES = 8  # on which port and source are compared
@@ -226,11 +226,30 @@ def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Ten
 def _proof(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     """Compares in float64; where the source computes in less inside, in its own precision instead."""
     try:
-        return _compared(model, source.doubled(), loss, verify, wide=True)
-    except (ValueError, RuntimeError):
+        parity = _compared(model, source.doubled(), loss, verify, wide=True)
+    except (ValueError, RuntimeError) as error:
         if _precision(model, source) == "float64":
-            raise
-        return _compared(model, source, loss, verify, wide=False)
+            raise _with_switches(error, source) from error
+        try:
+            parity = _compared(model, source, loss, verify, wide=False)
+        except ValueError as error:
+            raise _with_switches(error, source) from error
+    if model.batched:
+        whole = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
+        tolerance = tolerance_in(jnp.dtype(_precision(model, source)))
+        check_independence(lambda part: _outputs_on(source, part), source.inputs, whole, tolerance)
+    return parity
+
+
+def _with_switches(error: Exception, source: Source) -> Exception:
+    """The error, with the layers that run under `no_grad` where there are some: the likeliest cause."""
+    layers = [f"`{name}`" if name else "the module itself" for name in switched_off(source.unrolled, source.leaves)]
+    if not layers or not isinstance(error, ValueError):
+        return error
+    return ValueError(
+        f"{error}\nUnder `torch.no_grad` in layer {', '.join(layers)} derivatives are switched off, which a conversion "
+        "does not keep. `.detach()` it keeps; `hj.torch_operator` runs the module in PyTorch as it is."
+    )
 
 
 def _precision(model: Ported, source: Source) -> str:
@@ -257,10 +276,7 @@ def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool)
             value, gradient = _torch_gradient(ours, source, loss, outputs)
             found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
     dtype = "float64" if wide else _precision(model, source)
-    parity = demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), tuple(found)))
-    if model.batched:
-        check_independence(lambda part: _outputs_on(source, part), source.inputs, outputs, parity.tolerance)
-    return parity
+    return demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), tuple(found)))
 
 
 def _outputs_on(source: Source, inputs: PyTree) -> PyTree:

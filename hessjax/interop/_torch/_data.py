@@ -148,7 +148,7 @@ def _joined(batches: list[PyTree]) -> PyTree:
         if jtu.tree_structure(batch) != jtu.tree_structure(first):
             raise ValueError(
                 f"Batches must have one structure: batch {number} is {jtu.tree_structure(batch)}, batch 0 is "
-                f"{jtu.tree_structure(first)}."
+                f"{jtu.tree_structure(first)}. A `collate_fn` can give all the same nesting and keys."
             )
         for (path, leaf), other in zip(jtu.tree_leaves_with_path(batch), jtu.tree_leaves(first), strict=True):
             if np.shape(leaf)[1:] != np.shape(other)[1:]:

@@ -62,6 +62,41 @@ def check_plain(module: Any) -> None:
         raise ValueError("The module has no parameter with `requires_grad`.")
 
 
+@contextlib.contextmanager
+def watched(module: torch.nn.Module) -> Iterator[list[str]]:
+    """The names of the layers that are being called, outermost first; after an exception, where it came from."""
+    where: list[str] = []
+    handles = []
+    for name, layer in module.named_modules():
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: where.append(name)))
+        handles.append(layer.register_forward_hook(lambda *_: (where.pop(), None)[1]))
+    try:
+        yield where
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Switches(torch.overrides.TorchFunctionMode):
+    """Notes the layers that switch derivatives off."""
+
+    def __init__(self, where: list[str]):
+        super().__init__()
+        self.where, self.found = where, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and args[0] is False:
+            self.found.add(self.where[-1].removeprefix("module").removeprefix("."))
+        return func(*args, **(kwargs or {}))
+
+
+def switched_off(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[str]:
+    """The layers that compute something under `torch.no_grad`; the outermost is the empty name."""
+    with watched(module) as where, plain_attention(), _Switches(where) as switches:
+        module([leaf.clone() for leaf in leaves])
+    return sorted(switches.found)
+
+
 def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     """What the module returns, after a look at the graph that autograd recorded.
 
