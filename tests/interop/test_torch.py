@@ -156,6 +156,28 @@ def test_nothing_of_the_users_is_changed():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_callers_need_not_switch_derivatives_on(switched_off):
+    module, data = small()
+    with switched_off():
+        model = hj.from_torch(module, data, nn.CrossEntropyLoss())
+        op = hj.torch_operator(F.cross_entropy, module, [data])
+    ones = jax.tree.map(jnp.ones_like, model.params)
+    with switched_off():
+        theirs = op(ones)
+    for name, leaf in model.hessian()(ones).items():
+        np.testing.assert_allclose(leaf, theirs[name], atol=1e-6)
+
+
+def test_a_check_draws_no_random_number_of_the_users():
+    module, (x, y) = small()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="random"):
+        hj.check_hvp(lambda m: F.cross_entropy(m(x), y), module.train())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
 def test_a_float32_port_is_proven_in_float64():
     module, data = small()
     model = hj.from_torch(module, data, cross_entropy)
@@ -251,6 +273,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in REFUSED])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_does_not_convert_is_named(name):
     make, match = REFUSED[name]
     with pytest.raises((NotImplementedError, TypeError, ValueError), match=match):

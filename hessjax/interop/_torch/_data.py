@@ -17,12 +17,12 @@ _LABELS = ("labels", "label", "targets", "target")
 
 @contextlib.contextmanager
 def untouched(*holders: Any) -> Iterator[None]:
-    """Puts back every random state that reading data or running a module moves."""
+    """Autograd as in a fresh process, and every random state put back that reading data or running a module moves."""
     generators = [g for h in holders for g in _generators(h)]
     states = [g.get_state() for g in generators]
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         random.setstate(python)

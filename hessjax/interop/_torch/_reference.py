@@ -140,7 +140,7 @@ def _tensors_in(output: Any) -> list[torch.Tensor]:
 
 def gradient_of(outputs: list[torch.Tensor], weights: list[Any], trained: dict[str, Any]) -> dict[str, Any]:
     """Σ ⟨weights, outputs⟩ differentiated, by name; zero where a parameter takes no part."""
-    pairs = [(o, torch.as_tensor(np.array(w)).to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    pairs = [(o, torch.from_numpy(np.array(w)).to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     if not pairs:
         return {name: to_numpy(torch.zeros_like(p)) for name, p in trained.items()}
     with plain_attention():
