@@ -123,7 +123,9 @@ def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vect
 
     def product(flat: Flat, v: Flat) -> Flat:
         parameters = list(trained.values())
-        tangents = [torch.from_numpy(np.array(part)).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)]
+        tangents = [
+            torch.from_numpy(np.array(part)).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)
+        ]
         pairs = [(g, t) for g, t in zip(gradient(flat, True), tangents, strict=True) if g.requires_grad]
         if not pairs:
             return np.zeros_like(v)
