@@ -36,11 +36,11 @@ def prove(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     return parity
 
 
-def _with_switches(error: Exception, source: Source) -> Exception:
+def _with_switches(error: Exception, source: Source) -> ValueError:
     """The error, with the layers that run under `no_grad` where there are some: the likeliest cause."""
     layers = [f"`{name}`" if name else "the module itself" for name in switched_off(source.unrolled, source.leaves)]
-    if not layers or not isinstance(error, ValueError):
-        return error
+    if not layers:
+        return ValueError(str(error))
     return ValueError(
         f"{error}\nUnder `torch.no_grad` in layer {', '.join(layers)} derivatives are switched off, which a conversion "
         "does not keep. `.detach()` it keeps; `hj.torch_operator` runs the module in PyTorch as it is."
