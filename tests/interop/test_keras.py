@@ -62,7 +62,10 @@ def test_the_hessian_is_that_of_the_loaded_model(keras, tmp_path):
         np.testing.assert_allclose(ours[name], theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mlp", "convolutional", "recurrent", "normalized"])
+FULL = [pytest.param(name, marks=pytest.mark.slow) for name in ("convolutional", "recurrent")]
+
+
+@pytest.mark.parametrize("name", ["mlp", "normalized", *FULL])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Keras's, about the optimizer's state
 def test_what_tensorflow_trained_is_the_same_under_jax(keras, name):
     said = np.load(FIXTURES / f"{name}.npz")
