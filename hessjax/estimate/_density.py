@@ -57,7 +57,7 @@ class Density(eqx.Module):
         """
         grid = self._points(grid)
         sigma = self._default_width() if sigma is None else jnp.asarray(sigma, self.nodes.dtype)
-        return self._per_probe(lambda *rule: smoothed(grid, *rule, sigma))
+        return self._per_probe(partial(smoothed, grid, sigma))
 
     def log_pdf(self, grid: Any, sigma: Any = 0.1) -> Estimate:
         """The density of log₁₀|λ|, for spectra that span decades: mass per decade, of both signs together.
@@ -90,7 +90,7 @@ class Density(eqx.Module):
             Value and standard error of `grid`'s shape.
         """
         grid = self._points(grid)
-        return self._per_probe(lambda *rule: mass_up_to(grid, *rule))
+        return self._per_probe(partial(mass_up_to, grid))
 
     def count(self, low: Any, high: Any) -> Estimate:
         """The number of eigenvalues in [low, high].
@@ -157,7 +157,10 @@ class Density(eqx.Module):
         """
         q = self._points(q)
         low, high = self.ends
-        mean = lambda x: self.cdf(x).value
+
+        def mean(x: Array) -> Array:
+            return self.cdf(x).value
+
         value = invert(mean, q, low, high)
         error = self.cdf(value).stderr
         ends = invert(mean, jnp.stack([q - error, q + error]), low, high)
@@ -165,7 +168,7 @@ class Density(eqx.Module):
         return Estimate(value, lax.stop_gradient(half), self.num_matvecs)
 
     def function_of_means(self, integrands: Any, function: Callable[..., Array]) -> Estimate:
-        """g of several means of f(λ), such as a ratio, with a jackknife error over the probes.
+        """A function g of several means of f(λ), such as a ratio, with a jackknife error over the probes.
 
         Args:
             integrands: functions f as in `mean_of`.

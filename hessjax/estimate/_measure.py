@@ -47,11 +47,11 @@ def mass_up_to(
 
 def smoothed(
     x: Float[Array, "..."],
+    sigma: Float[Array, ""],
     nodes: Float[Array, " m"],
     weights: Float[Array, " m"],
     below: Float[Array, " m"],
     above: Float[Array, " m"],
-    sigma: Float[Array, ""],
 ) -> Float[Array, "..."]:
     """The density of the measure convolved with a normal distribution of standard deviation `sigma`.
 
@@ -62,7 +62,9 @@ def smoothed(
     return jnp.sum(weights / 2 * (low + high), axis=-1)
 
 
-def invert(function: Callable[[Array], Array], target: Float[Array, "..."], low: Array, high: Array) -> Float[Array, "..."]:
+def invert(
+    function: Callable[[Array], Array], target: Float[Array, "..."], low: Array, high: Array
+) -> Float[Array, "..."]:
     """Where a nondecreasing function reaches `target`, by bisection to the last digit."""
     steps = 2 * (jnp.finfo(low.dtype).nmant + 2)
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from hessjax._vectors import divide, draw, norm
+from hessjax._vectors import divide, draw, norm, size_of
 from hessjax.operators._operator import Operator, multiply
 
 BATCH = 32  # products that run together where nothing else is asked for
@@ -21,6 +21,12 @@ def on_sphere(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyT
     return divide(vector, norm(vector))
 
 
+def on_long_sphere(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """A vector drawn uniformly from the sphere of radius √n: E zzᵀ = I."""
+    length = size_of(structure) ** 0.5
+    return jtu.tree_map(lambda leaf: leaf * length, on_sphere(key, structure))
+
+
 def signs(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
     """A vector of independent random signs, one key per leaf."""
     leaves, treedef = jtu.tree_flatten(structure)
@@ -30,7 +36,7 @@ def signs(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[
     )
 
 
-def in_batches(function: Callable[[Any], PyTree], batched: PyTree[Shaped[Array, "count ..."]], size: int) -> PyTree:
+def in_batches(function: Callable[[Any], PyTree], batched: Any, size: int = BATCH) -> PyTree:
     """`function` of slices of the leading axis, at most `size` long, one after another; its results concatenated.
 
     Unlike `lax.map(..., batch_size=size)` it hands the function a whole slice, which may then share work.

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import contract, scalar_dtype
+from hessjax._vectors import scalar_dtype
 from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonalize
 from hessjax.krylov._basis import Basis
@@ -31,19 +31,29 @@ class Rules(eqx.Module):
         nodes: (probes, num_steps), ascending. Beyond the dimension of a probe's Krylov space they repeat the last.
         weights: nonnegative, each probe's sum to one, and zero beyond that dimension.
         radii: ‖A y - θ y‖ of the node's Ritz vector: an eigenvalue lies no further from the node.
+        coarse: nodes and weights of the rule from `Plan.coarse` steps, likewise; empty where none was wanted.
     """
 
     nodes: Float[Array, "probes num_steps"]
     weights: Float[Array, "probes num_steps"]
     radii: Float[Array, "probes num_steps"]
+    coarse: tuple[Array, ...]
 
 
 class Plan(eqx.Module):
-    """What is static about a run."""
+    """What is static about a run.
+
+    Attributes:
+        num_steps: of each probe.
+        batch: how many probes run together.
+        packing: of the operator's leaves.
+        coarse: the steps of a shorter rule that tells of the quadrature error, if one is wanted.
+    """
 
     num_steps: int = eqx.field(static=True)
     batch: int = eqx.field(static=True)
     packing: Packing
+    coarse: int | None = eqx.field(static=True, default=None)
 
 
 def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> Rules:
@@ -57,21 +67,28 @@ def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> 
         removed: orthonormal vectors whose complement is meant; see `tridiagonalize`. Held fixed by derivatives.
         plan: see `Plan`.
     """
-    return Rules(*_rules(op, keys, lax.stop_gradient(removed), plan))
+    nodes, weights, radii, *coarse = _rules(op, keys, lax.stop_gradient(removed), plan)
+    return Rules(nodes, weights, radii, tuple(coarse))
 
 
-def _run(op: Operator, keys: PRNGKeyArray, removed: PyTree | None, plan: Plan) -> tuple[Tridiagonals, Basis]:
+def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Tridiagonals, Basis]:
     packed = Packed(op, plan.packing)
     starts = jax.vmap(partial(on_sphere, structure=packed.structure))(keys)
     return tridiagonalize(packed, starts, plan.num_steps, removed)
 
 
 @eqx.filter_custom_jvp
-def _rules(op: Operator, keys: PRNGKeyArray, removed: PyTree | None, plan: Plan) -> tuple[Array, Array, Array]:
-    def batch(keys: PRNGKeyArray) -> tuple[Array, Array, Array]:
-        return jax.vmap(_gauss)(_run(op, keys, removed, plan)[0])[:3]
+def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Array, ...]:
+    def batch(keys: Array) -> tuple[Array, ...]:
+        matrices = _run(op, keys, removed, plan)[0]
+        return (*jax.vmap(_gauss)(matrices)[:3], *_coarse(matrices, plan))
 
     return in_batches(batch, keys, plan.batch)
+
+
+def _coarse(matrices: Tridiagonals, plan: Plan) -> tuple[Array, ...]:
+    """Nodes and weights from the leading part of T, if wanted."""
+    return () if plan.coarse is None else jax.vmap(_gauss)(matrices.leading(plan.coarse))[:2]
 
 
 def _gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
@@ -105,7 +122,7 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
     op = _first_order(op)
 
     @jax.checkpoint
-    def batch(keys: PRNGKeyArray) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    def batch(keys: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         fixed, rest = eqx.partition(op, eqx.is_array)
         matrices, basis = _run(eqx.combine(lax.stop_gradient(fixed), rest), keys, removed, plan)
         rows = jtu.tree_map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(Basis.stack)(basis))
@@ -117,7 +134,9 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
         _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
         nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(_gauss)(matrices))
         slopes = jax.vmap(_slopes)(nodes, vectors, _pairings(rows, changes))
-        return (nodes, weights, radii), (*slopes, jnp.zeros_like(radii))
+        shorter = lax.stop_gradient(_coarse(matrices, plan))
+        constant = jtu.tree_map(jnp.zeros_like, (radii, *shorter))
+        return (nodes, weights, radii, *shorter), (*slopes, *constant)
 
     return in_batches(batch, keys, plan.batch)
 
@@ -133,7 +152,8 @@ def _pairings(rows: PyTree, images: PyTree) -> Float[Array, "probes num_steps nu
         )
         return parts.astype(dtype)
 
-    return sum(jtu.tree_leaves(jtu.tree_map(pair, rows, images)))
+    parts = jtu.tree_leaves(jtu.tree_map(pair, rows, images))
+    return sum(parts, jnp.zeros((), dtype))
 
 
 def _slopes(nodes: Array, vectors: Array, change: Array) -> tuple[Array, Array]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -52,7 +51,7 @@ def average(samples: PyTree[Float[Array, "count ..."]], num_matvecs: Any) -> Est
     return Estimate(value, jtu.tree_map(error, samples), jnp.asarray(num_matvecs, jnp.int32))
 
 
-def spread(samples: Float[Array, "count ..."], divisor: float) -> Float[Array, "..."]:
+def spread(samples: Float[Array, "count ..."], divisor: float | int) -> Float[Array, "..."]:
     """√(Σ (xᵢ - x̄)² / divisor), not below 4 rounding units of the largest xᵢ; infinite for a single sample."""
     samples = lax.stop_gradient(samples)
     if samples.shape[0] < 2:
@@ -64,6 +63,6 @@ def spread(samples: Float[Array, "count ..."], divisor: float) -> Float[Array, "
     return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding)
 
 
-def scaled(estimate: Estimate, factor: float) -> Estimate:
+def scaled(estimate: Estimate, factor: float | int) -> Estimate:
     """A multiple of an estimate, by a number of at least 0."""
     return Estimate(factor * estimate.value, factor * estimate.stderr, estimate.num_matvecs)

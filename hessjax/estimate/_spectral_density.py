@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer, check_key
-from hessjax._vectors import as_vector, scalar_dtype, size_of
+from hessjax._vectors import as_vector, scalar_dtype
 from hessjax.estimate._density import Density
+from hessjax.estimate._door import at_least, needs_entries, needs_key
 from hessjax.estimate._measure import extents
+from hessjax.estimate._memory import probes_together
 from hessjax.estimate._quadrature import Plan, gauss_rules
-from hessjax.krylov._memory import _device_memory
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packing
-
-_SHARE = 8  # by default the bases may take an eighth of the device's memory
 
 
 def spectral_density(
@@ -73,38 +71,16 @@ def spectral_density(
     approximation, arXiv:2105.06595.
     """
     op = as_operator(op, like)
-    num_probes, num_steps = as_integer("num_probes", num_probes), as_integer("num_steps", num_steps)
-    batch = None if probe_batch is None else as_integer("probe_batch", probe_batch)
-    for name, value in (("num_probes", num_probes), ("num_steps", num_steps), ("probe_batch", batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"`spectral_density` needs `{name} >= 1`, got {value}.")
+    caller = "spectral_density"
+    num_probes = at_least(1, "num_probes", num_probes, caller)
+    num_steps = at_least(1, "num_steps", num_steps, caller)
+    batch = None if probe_batch is None else at_least(1, "probe_batch", probe_batch, caller)
     needs_key(key, "spectral_density")
     needs_entries(op, "spectral_density")
     num_steps = min(num_steps, op.size)
     known = None if outliers is None else _known(op, outliers)
     plan = Plan(num_steps, probes_together(op, num_probes, num_steps, batch), Packing.of(op.like))
     return _spectral_density(op, key, known, num_probes, plan)
-
-
-def needs_key(key: Any, caller: str) -> None:
-    """Raises TypeError unless a key came."""
-    check_key(key, caller)
-    if key is None:
-        raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got None.")
-
-
-def needs_entries(op: Operator, caller: str) -> None:
-    """Raises ValueError for vectors without entries."""
-    if op.size == 0:
-        raise ValueError(f"`{caller}` needs an operator with at least one parameter, got {op.structure}.")
-
-
-def probes_together(op: Operator, num_probes: int, num_steps: int, batch: int | None) -> int:
-    """How many probes run together: what was asked for, or what an eighth of the memory holds."""
-    if batch is not None:
-        return min(batch, num_probes)
-    vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(op.structure))
-    return max(1, min(num_probes, _device_memory() // _SHARE // ((num_steps + 8) * vector)))
 
 
 class Known(eqx.Module):
@@ -164,5 +140,5 @@ def _with_atoms(density: Density, known: Known) -> Density:
     weights = append(density.weights * ((n - taken) / n), known.taken / n)
     below, above = append(density.below, zeros), append(density.above, zeros)
     order = jnp.argsort(nodes, axis=1)
-    parts = (jnp.take_along_axis(part, order, axis=1) for part in (nodes, weights, below, above))
-    return Density(*parts, n, density.num_matvecs)
+    nodes, weights, below, above = (jnp.take_along_axis(part, order, axis=1) for part in (nodes, weights, below, above))
+    return Density(nodes, weights, below, above, n, density.num_matvecs)

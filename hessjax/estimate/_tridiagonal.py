@@ -33,6 +33,18 @@ class Tridiagonals(eqx.Module):
     residual_norm: Float[Array, " probes"]
     steps: Int[Array, " probes"]
 
+    def leading(self, size: int) -> "Tridiagonals":
+        """What the first `size` steps would have given, in arrays of the same shape."""
+        within = jnp.arange(self.diagonal.shape[1]) < size
+        return Tridiagonals(
+            jnp.where(within, self.diagonal, 0),
+            jnp.where(within[1:], self.off_diagonal, 0),
+            jnp.where(self.steps > size, self.off_diagonal[:, size - 1], self.residual_norm)
+            if size < self.diagonal.shape[1]
+            else self.residual_norm,
+            jnp.minimum(self.steps, size),
+        )
+
 
 class Carry(eqx.Module):
     """What a step hands to the next, for every probe.
@@ -115,7 +127,8 @@ def without(removed: PyTree | None, vectors: PyTree[Float[Array, "probes ..."]])
     def overlap(rows: Array, block: Array) -> Array:
         return contract(block, rows, (tuple(range(1, block.ndim)), tuple(range(1, rows.ndim))), dtype)
 
-    overlaps = sum(jtu.tree_leaves(jtu.tree_map(overlap, removed, vectors)))
+    parts = jtu.tree_leaves(jtu.tree_map(overlap, removed, vectors))
+    overlaps = sum(parts, jnp.zeros((), dtype))
     return jtu.tree_map(
         lambda block, rows: (block - contract(overlaps, rows, 1, dtype)).astype(block.dtype), vectors, removed
     )
