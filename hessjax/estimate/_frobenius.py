@@ -6,15 +6,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import inner, norm
 from hessjax.estimate._door import needs_entries, needs_key
 from hessjax.estimate._exact import over_columns
+from hessjax.estimate._left_out import from_left_out
 from hessjax.estimate._probes import on_long_sphere
-from hessjax.estimate._result import Estimate, average, exactly
-from hessjax.estimate._sketch import Sketch, combine, gram, minus, sketch
+from hessjax.estimate._result import Estimate, exactly
+from hessjax.estimate._sketch import gram, sketch
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
@@ -62,17 +63,9 @@ def _frobenius_norm(op: Operator, num_matvecs: int, key: PRNGKeyArray, packing: 
         return exactly(norm(over_columns(op, lambda _, image: norm(image))), op.size)
     half = num_matvecs // 2
     s = sketch(Packed(op, packing), key, half, on_long_sphere)
-    square = average(_squares(s), 2 * half)
+    forms = jax.vmap(lambda image: inner(image, image))(s.images)
+    cross = 2 * gram(s.basis_images, s.images)
+    square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * half)
     root = jnp.sqrt(jnp.where(square.value > 0, square.value, 1))
     value = jnp.where(square.value > 0, root, 0)
     return Estimate(s.unit * value, lax.stop_gradient(s.unit * square.stderr / (2 * root)), square.num_matvecs)
-
-
-def _squares(s: Sketch) -> Array:
-    """Each probe's estimate of ‖A‖²_F."""
-    squares, known = jax.vmap(lambda x: inner(x, x)), s.known
-    image = combine(s.basis_images, s.left_out)
-    inside = jnp.trace(gram(s.basis_images, s.basis_images)) - squares(image)
-    outside = squares(minus(s.images, combine(s.basis_images, known)))
-    lengths = squares(s.probes) - jnp.sum(known**2, axis=0)
-    return inside + s.dimensions_left * outside / lengths

@@ -7,6 +7,7 @@ a smooth spectrum runs, and still jumps at an eigenvalue that has been found.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -68,7 +69,7 @@ def invert(
     """Where a nondecreasing function reaches `target`, by bisection to the last digit."""
     steps = 2 * (jnp.finfo(low.dtype).nmant + 2)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = low + (high - low) / 2
         reached = function(middle) >= target

@@ -59,10 +59,14 @@ def spread(samples: Float[Array, "count ..."], divisor: float | int) -> Float[Ar
     deviation = samples - jnp.mean(samples, axis=0)
     peak = jnp.max(jnp.abs(deviation), axis=0)
     unit = jnp.where(peak > 0, peak, 1)  # so that squares neither overflow nor vanish
-    rounding = 4 * jnp.finfo(samples.dtype).eps * jnp.max(jnp.abs(samples), axis=0)
-    return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding)
+    return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding_of(samples))
 
 
-def scaled(estimate: Estimate, factor: float | int) -> Estimate:
-    """A multiple of an estimate, by a number of at least 0."""
+def rounding_of(samples: Float[Array, "count ..."]) -> Float[Array, "..."]:
+    """4 rounding units of the largest sample: no mean of them is known better."""
+    return 4 * jnp.finfo(samples.dtype).eps * jnp.max(jnp.abs(samples), axis=0)
+
+
+def scaled(estimate: Estimate, factor: float | int | Array) -> Estimate:
+    """A multiple of an estimate, by a nonnegative number."""
     return Estimate(factor * estimate.value, factor * estimate.stderr, estimate.num_matvecs)

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from hessjax._vectors import contract, divide, epsilon, norm, scalar_dtype, structure_of
+from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, structure_of
 from hessjax.estimate._probes import products
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator
@@ -52,18 +52,20 @@ class Sketch(eqx.Module):
     unit: Float[Array, ""]
 
     @property
-    def known(self) -> Float[Array, "k k"]:
-        """The coordinates of each probe's projection on the span of the other images, by column."""
-        overlap = jnp.sum(self.left_out * self.coordinates, axis=0)
-        return self.coordinates - self.left_out * overlap
+    def size(self) -> int:
+        """The number of entries of a vector."""
+        return sum(leaf.size // leaf.shape[0] for leaf in jtu.tree_leaves(self.probes))
 
     @property
-    def dimensions_left(self) -> Float[Array, " k"]:
-        """The dimension n less that of the span of all images but the ith."""
-        total = sum(leaf.size // leaf.shape[0] for leaf in jtu.tree_leaves(self.probes))
+    def lengths(self) -> Float[Array, " k"]:
+        """The probes' squared norms."""
+        return jax.vmap(inner)(self.probes, self.probes)
+
+    @property
+    def removed(self) -> Float[Array, " k"]:
+        """The dimension that leaving out the ith image takes from the span: 1, or 0 if the others span it as well."""
         live = jnp.max(jnp.abs(self.coordinates), axis=1, keepdims=True) > 0
-        removed = jnp.sum(jnp.where(live, self.left_out, 0) ** 2, axis=0)
-        return total - (self.rank - removed)
+        return jnp.sum(jnp.where(live, self.left_out, 0) ** 2, axis=0)
 
 
 def sketch(op: Operator, key: PRNGKeyArray, k: int, draw: Callable[..., PyTree]) -> Sketch:

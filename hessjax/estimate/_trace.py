@@ -7,15 +7,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
-from hessjax._vectors import inner, scalar_dtype, structure_of
+from hessjax._vectors import inner, structure_of
 from hessjax.estimate._door import needs_entries, needs_key, refuse_method
 from hessjax.estimate._exact import over_columns
+from hessjax.estimate._left_out import from_left_out
 from hessjax.estimate._nystrom import xnystrace
 from hessjax.estimate._probes import in_batches, on_long_sphere, products, signs
-from hessjax.estimate._result import Estimate, average, exactly
+from hessjax.estimate._result import Estimate, average, exactly, scaled
 from hessjax.estimate._sketch import combine, gram, minus, orthonormal, sketch
 from hessjax.operators._operator import Operator, as_operator, quadratic_form
 from hessjax.operators._packing import Packed, Packing
@@ -45,9 +46,9 @@ def trace(
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
-        A scalar estimate. The standard error covers the draw of the vectors. For "xtrace" and "xnystrace" it is the
-        spread of estimates that each leave out one vector: these are not independent, so it is itself an estimate, and
-        with fewer than ten vectors a rough one. Differentiable with respect to the operator's arrays: the derivative of
+        A scalar estimate. The standard error covers the draw of the vectors. For "xtrace" and "xnystrace" it is a
+        jackknife over them, which tends to be too large where the spectrum decays fast, and is rough for fewer than ten
+        vectors. Differentiable with respect to the operator's arrays: the derivative of
         the estimate is an unbiased estimate of the derivative.
 
     Raises:
@@ -110,19 +111,9 @@ def _xtrace(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
     """
     half = num_matvecs // 2
     s = sketch(op, key, half, on_long_sphere)
-    compressed = gram(s.basis, s.basis_images)
-    known, left_out = s.known, s.left_out
-    inside = jnp.trace(compressed) - jnp.sum(left_out * (compressed @ left_out), axis=0)
-    forms = _diagonal_of_gram(s.probes, s.images)
-    cross = jnp.sum(known * (gram(s.basis, s.images) + gram(s.basis_images, s.probes)), axis=0)
-    outside = forms - cross + jnp.sum(known * (compressed @ known), axis=0)
-    lengths = _diagonal_of_gram(s.probes, s.probes) - jnp.sum(known**2, axis=0)
-    samples = inside + s.dimensions_left * outside / lengths
-    return average(s.unit * samples, 2 * half)
-
-
-def _diagonal_of_gram(x: PyTree, y: PyTree) -> Float[Array, " k"]:
-    return jax.vmap(inner)(x, y).astype(scalar_dtype(x))
+    forms = jax.vmap(inner)(s.probes, s.images)
+    cross = gram(s.basis, s.images) + gram(s.basis_images, s.probes)
+    return scaled(from_left_out(s, forms, cross, gram(s.basis, s.basis_images), 2 * half), s.unit)
 
 
 _METHODS: dict[str, Callable[[Operator, int, PRNGKeyArray], Estimate]] = {
