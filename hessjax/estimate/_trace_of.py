@@ -51,7 +51,7 @@ def trace_of(
 
     Returns:
         A scalar estimate. Its standard error joins, as the root of squares, the spread over the probes and the change
-        of the value between three quarters of the steps and all of them: the second stands for the quadrature error. It
+        of the value between half of the steps and all of them: the second stands for the quadrature error. It
         is infinite if there is a single probe. Differentiable once with respect to the operator's arrays.
 
     Raises:
@@ -129,7 +129,7 @@ def _sum_over_spectrum(
     if steps is None:
         steps = min(num_matvecs, math.ceil(math.sqrt(_DEPTH * num_matvecs)))
     probes = num_matvecs // steps
-    coarse = max(1, 3 * steps // 4)
+    coarse = max(1, steps // 2)
     plan = Plan(steps, probes_together(op, probes, steps, batch), Packing.of(op.like), coarse)
     rules = _rules(op, key, probes, plan)
     samples = op.size * _means(f, rules.nodes, rules.weights)
