@@ -162,7 +162,8 @@ def _slopes(nodes: Array, vectors: Array, change: Array) -> tuple[Array, Array]:
     first = vectors[0]
     gaps = nodes[:, None] - nodes[None, :]
     # Not by the gap alone: fused arithmetic leaves a rounding error where a node is taken from itself.
-    apart = ~jnp.eye(first.size, dtype=bool) & (change != 0) & (gaps != 0)
+    live = jnp.any(vectors != 0, axis=0)
+    apart = ~jnp.eye(first.size, dtype=bool) & live & live[:, None] & (gaps != 0)
     ratios = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
     return jnp.diagonal(change), 2 * first * (ratios @ first)
 
