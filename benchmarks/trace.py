@@ -1,7 +1,8 @@
 """Trace estimators on the test matrices of the XTrace paper: error against products.
 
 Run `python -m benchmarks.trace [--x64] [--size 1000] [--keys 20]`. Four spectra of n eigenvalues on a random orthogonal
-basis (Epperly, Tropp and Webber, arXiv:2301.07825): flat 3 - 2i/(n - 1), polynomial 1/i², exponential 0.7ⁱ, and a step of 50 ones above 1e-3. For each method and number of products, one line:
+basis (Epperly, Tropp and Webber, arXiv:2301.07825): flat 3 - 2i/(n - 1), polynomial 1/i², exponential 0.7ⁱ, and a
+step of 50 ones above 1e-3. For each method and number of products, one line:
 
 - `error`: the root mean square over the keys of |estimate - tr A| / tr A;
 - `stderr`: the median of the standard errors that were reported, on the same scale; `covered`: the share of keys with

@@ -18,13 +18,19 @@ from jaxtyping import Array, Float
 def extents(nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"]) -> tuple[Array, Array]:
     """How far below and above its node each weight is spread: to the neighbour, or the radius if that is less.
 
+    Towards a neighbour of less weight it is spread over less of the gap, in the ratio of the weights: next to the mass
+    of eigenvalues near 0 a network has next to nothing, while the weights of a smooth spectrum vary slowly.
+
     Nothing is put beyond the outermost nodes: they lie within the spectrum, and it may end there.
     """
-    gaps = jnp.diff(nodes)
+    live, none = weights > 0, jnp.zeros(1, nodes.dtype)
     # Nodes without weight repeat the last: they do not count as neighbours, their distance is zero.
-    below = jnp.minimum(radii, jnp.concatenate([jnp.zeros(1, nodes.dtype), gaps]))
-    above = jnp.minimum(radii, jnp.concatenate([gaps, jnp.zeros(1, nodes.dtype)]))
-    live = weights > 0
+    gaps = jnp.diff(nodes)
+    left, right = weights[:-1], weights[1:]
+    upward = gaps * jnp.minimum(1, right / jnp.where(left > 0, left, 1))
+    downward = gaps * jnp.minimum(1, left / jnp.where(right > 0, right, 1))
+    below = jnp.minimum(radii, jnp.concatenate([none, downward]))
+    above = jnp.minimum(radii, jnp.concatenate([upward, none]))
     return jnp.where(live, below, 0), jnp.where(live, above, 0)
 
 
