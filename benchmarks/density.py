@@ -1,6 +1,6 @@
 """`hj.spectral_density` against the spectra of other packages: distance to the exact one at equal products, and time.
 
-Run `python -m benchmarks.density [--keys 3] [--repeats 3]`, which takes a few minutes on two cores. All in float32.
+Run `python -m benchmarks.density [--keys 3] [--repeats 3] [--steps 20 40]`, some minutes on two cores. All in float32.
 Exact spectra: a semicircle and a Wishart matrix (n = 500), and the Hessian of a 64-24-10 network after training on the
 digits (1,810 parameters). Every package gets 10 probes:
 
@@ -208,9 +208,10 @@ def main() -> None:
     """Prints the distances, then the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keys", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="*", default=[20, 40])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    for steps in (20, 40):
+    for steps in args.steps:
         for name, matrix in matrices(500).items():
             op = Dense(jnp.asarray(matrix, jnp.float32))
             distances(name, op, np.linalg.eigvalsh(matrix), rivals_on_matrix(matrix, steps), steps, args.keys)

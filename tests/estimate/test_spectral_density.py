@@ -33,7 +33,7 @@ def smoothed(eigenvalues, grid, sigma):
     return np.exp(-((grid[:, None] - eigenvalues) ** 2) / (2 * sigma**2)).mean(1) / (sigma * (2 * np.pi) ** 0.5)
 
 
-@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("ensemble", [pytest.param("semicircle", marks=pytest.mark.slow), "wishart"])
 @pytest.mark.parametrize("n", [120, pytest.param(1000, marks=pytest.mark.slow)])
 def test_two_standard_errors_cover_moments_and_counts(ensemble, n, rng, x64):
     matrix = ENSEMBLES[ensemble](rng, n)
@@ -54,7 +54,7 @@ def COUNTS(low, high):
     return (-np.inf, low), (low, high), (high, np.inf)
 
 
-@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("ensemble", ["semicircle", pytest.param("wishart", marks=pytest.mark.slow)])
 def test_the_distribution_function_is_nearer_than_the_staircase_of_the_nodes(ensemble, rng):
     matrix = ENSEMBLES[ensemble](rng, 300)
     values = np.linalg.eigvalsh(matrix)
@@ -76,7 +76,8 @@ def test_the_error_against_the_semicircle_halves_when_the_steps_double(rng):
     assert errors[0] < 0.057
 
 
-@pytest.mark.parametrize("stage", ["early", pytest.param("late", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["early", "late"])
 def test_a_network_density_is_the_exact_one(stage, network_hessians, x64):
     model, _, values = network_hessians[stage]
     density = hj.spectral_density(model.hessian(), jax.random.key(0), num_steps=80)
@@ -93,6 +94,7 @@ def test_a_network_density_is_the_exact_one(stage, network_hessians, x64):
     assert abs(outliers.value - 9) < 4 * outliers.stderr
 
 
+@pytest.mark.slow
 def test_deflated_outliers_come_back_exact(network_hessians, x64):
     model, _, values = network_hessians["early"]
     pairs = hj.eigsh(model.hessian(), 9, jax.random.key(0), which="LA", tol=1e-6)
@@ -131,7 +133,7 @@ def test_no_ghosts(case, scale):
     assert abs(zeros.value - np.sum(values == 0)) <= 4 * zeros.stderr
 
 
-@pytest.mark.parametrize("p", [2, 5])
+@pytest.mark.parametrize("p", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_moments_have_the_derivative_of_finite_differences(p, rng, x64):
     values, direction = jnp.asarray(rng.standard_normal(20)), jnp.asarray(rng.standard_normal(20))
 
@@ -165,6 +167,7 @@ def test_quantiles_invert_the_distribution_function(rng):
     assert np.all(np.abs(estimate.value - np.quantile(values, [0.1, 0.5, 0.9])) < 5 * estimate.stderr)
 
 
+@pytest.mark.slow
 def test_the_logarithmic_density_has_mass_one():
     values = jnp.asarray(np.geomspace(1e-4, 1, 200) * np.resize([1, -1], 200), jnp.float32)
     density = hj.spectral_density(Diagonal(values), jax.random.key(0), num_steps=200)

@@ -28,7 +28,9 @@ def estimates(function, count):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(
+    "spectrum", [name if name == "polynomial" else pytest.param(name, marks=pytest.mark.slow) for name in SPECTRA]
+)
 def test_standard_errors_cover_the_truth_and_the_mean_is_it(method, spectrum, rng, x64):
     op, truth = rotated(rng, SPECTRA[spectrum]), SPECTRA[spectrum].sum()
     values, errors = estimates(lambda key: hj.trace(op, 20, key, method=method), 40)
@@ -98,7 +100,7 @@ def test_zero_has_trace_zero():
     assert hj.frobenius_norm(Diagonal(jnp.zeros(30)), 6, jax.random.key(0)).value == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["xtrace", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
 def test_the_derivative_is_right_on_average(method, rng, x64):
     values, direction = jnp.asarray(rng.uniform(1, 2, 20)), jnp.asarray(rng.standard_normal(20))
     reflectors = jnp.asarray(rng.standard_normal((1, 20)) / 20**0.5)

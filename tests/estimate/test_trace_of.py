@@ -10,7 +10,7 @@ SPECTRA = {"even": np.linspace(0.01, 3, 150), "geometric": np.geomspace(1e-3, 1,
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("num_matvecs", [60, 140])
+@pytest.mark.parametrize("num_matvecs", [60, pytest.param(140, marks=pytest.mark.slow)])
 def test_logdet_lies_within_its_error(spectrum, num_matvecs, x64):
     values, damping = SPECTRA[spectrum], 0.001
     truth = np.log(values + damping).sum()
