@@ -29,6 +29,7 @@ def xnystrace(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
     images = jtu.tree_map(lambda leaf: (leaf / unit).astype(leaf.dtype), images)
     size = jnp.sqrt(jnp.sum(jax.vmap(inner)(images, images)) / n)
     shift = lax.stop_gradient(4 * epsilon(structure) * jnp.where(size > 0, size, 1))
+    unit = jnp.where(size > 0, unit, 0)  # A = 0: the shift alone would leave its rounding
     images = jtu.tree_map(lambda y, w: (y + shift * w).astype(y.dtype), images, probes)
     middle = gram(probes, images)
     factor = jnp.linalg.cholesky((middle + middle.T) / 2)
