@@ -142,7 +142,7 @@ class Density(eqx.Module):
         Returns:
             Scalars. Where f is not smooth on the scale that num_steps resolve, its quadrature error is not covered.
         """
-        values = jnp.where(self.weights > 0, self.weights * function(self.nodes), 0)
+        values = jnp.where(self.weights != 0, self.weights * function(self.nodes), 0)
         return average(jnp.sum(values, axis=1), self.num_matvecs)
 
     def quantile(self, q: Any) -> Estimate:
@@ -174,7 +174,7 @@ class Density(eqx.Module):
             integrands: functions f as in `mean_of`.
             function: g, of as many scalars.
         """
-        live = self.weights > 0
+        live = self.weights != 0
         sums = [jnp.sum(jnp.where(live, self.weights * f(self.nodes), 0), axis=1) for f in integrands]
         count = self.nodes.shape[0]
         value = function(*(jnp.mean(x) for x in sums))
@@ -186,7 +186,7 @@ class Density(eqx.Module):
     @property
     def ends(self) -> tuple[Array, Array]:
         """The smallest and the largest node: within [λmin, λmax], and close to its ends after a few dozen steps."""
-        seen = self.weights > 0
+        seen = self.weights != 0
         return (
             jnp.min(jnp.where(seen, self.nodes, jnp.inf)),
             jnp.max(jnp.where(seen, self.nodes, -jnp.inf)),

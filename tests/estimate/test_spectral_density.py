@@ -202,3 +202,11 @@ def test_errors_name_the_value():
         hj.spectral_density(op, jax.random.key(0)).moment(-1)
     with pytest.raises(ValueError, match="between 1 and 2 eigenvalues"):
         hj.spectral_density(op, jax.random.key(0), outliers=hj.eigsh(op, 3, jax.random.key(0)))
+
+
+def test_nan_stays_visible():
+    density = hj.spectral_density(Diagonal(jnp.full(30, jnp.nan)), jax.random.key(0), num_probes=2, num_steps=5)
+    assert np.isnan(density.moment(1).value)
+    assert np.isnan(density.count(0, 1).value)
+    assert np.isnan(density.pdf(0.5).value)
+    assert np.isnan(hj.spectral_entropy(density).value)
