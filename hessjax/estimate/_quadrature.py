@@ -81,17 +81,17 @@ def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple
 def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Array, ...]:
     def batch(keys: Array) -> tuple[Array, ...]:
         matrices = _run(op, keys, removed, plan)[0]
-        return (*jax.vmap(_gauss)(matrices)[:3], *_coarse(matrices, plan))
+        return (*jax.vmap(gauss)(matrices)[:3], *_coarse(matrices, plan))
 
     return in_batches(batch, keys, plan.batch)
 
 
 def _coarse(matrices: Tridiagonals, plan: Plan) -> tuple[Array, ...]:
     """Nodes and weights from the leading part of T, if wanted."""
-    return () if plan.coarse is None else jax.vmap(_gauss)(matrices.leading(plan.coarse))[:2]
+    return () if plan.coarse is None else jax.vmap(gauss)(matrices.leading(plan.coarse))[:2]
 
 
-def _gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
+def gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
     """Nodes, weights, radii and eigenvectors of one probe's T."""
     size = matrix.diagonal.size
     live = jnp.arange(size) < matrix.steps
@@ -132,7 +132,7 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
             return lax.map(jax.vmap(partial(multiply, packed)), rows)
 
         _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
-        nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(_gauss)(matrices))
+        nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(gauss)(matrices))
         slopes = jax.vmap(_slopes)(nodes, vectors, _pairings(rows, changes))
         shorter = lax.stop_gradient(_coarse(matrices, plan))
         constant = jtu.tree_map(jnp.zeros_like, (radii, *shorter))

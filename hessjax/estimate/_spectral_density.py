@@ -1,5 +1,6 @@
-"""`spectral_density`: stochastic Lanczos quadrature."""
+"""`spectral_density`: stochastic Lanczos quadrature, or the kernel polynomial method."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._vectors import as_vector, scalar_dtype
 from hessjax.estimate._density import Density
-from hessjax.estimate._door import at_least, needs_entries, needs_key
+from hessjax.estimate._door import at_least, needs_entries, needs_key, refuse_method
+from hessjax.estimate._kernel_polynomial import bound_steps, chebyshev_rules
 from hessjax.estimate._measure import extents
 from hessjax.estimate._memory import probes_together
 from hessjax.estimate._quadrature import Plan, gauss_rules
@@ -24,16 +26,24 @@ def spectral_density(
     *,
     num_probes: Any = 10,
     num_steps: Any = 100,
+    method: str = "lanczos",
     outliers: Any = None,
     probe_batch: Any = None,
     like: PyTree | None = None,
 ) -> Density:
-    """The distribution of all eigenvalues, by stochastic Lanczos quadrature.
+    """The distribution of all eigenvalues, by stochastic Lanczos quadrature or the kernel polynomial method.
 
     Every probe is a random unit vector z, and its Gauss rule, from num_steps steps of the Lanczos iteration with full
     reorthogonalization, estimates without bias zᵀp(A)z, whose mean is tr p(A) / n, for polynomials p of degree below
     2 num_steps. Costs num_probes · num_steps products, one per probe in each batched product, and memory for num_steps
     vectors per probe of a batch.
+
+    With `method="kpm"` a probe instead takes num_steps steps of the Chebyshev recurrence, after one run of at most 30
+    Lanczos steps that bounds the spectrum: memory for a few vectors however many steps there are, and nothing to
+    orthogonalize. What it gives is smoothed by a kernel of width about π (λmax - λmin) / (4 num_steps), the same over
+    the whole spectrum, and so are all numbers that the result tells, moments included: outliers and the mass near 0,
+    which Lanczos finds exactly, are smeared. Where the bounds do not hold, all weights are NaN. A gradient keeps
+    num_steps vectors per probe.
 
     Works inside `jit`, `vmap` and `grad`. Nodes and weights are differentiable once with respect to the operator's
     arrays, in forward and reverse mode; a gradient costs three times as many products, and no more memory.
@@ -43,7 +53,8 @@ def spectral_density(
         key: draws the probes.
         num_probes: at least 1, and at least 2 for standard errors. These shrink as 1 / √num_probes.
         num_steps: at least 1. The resolution improves as 1 / num_steps. Above the operator's size n it is clamped to n:
-            there the nodes are the eigenvalues.
+            there the nodes are the eigenvalues. Not so with "kpm".
+        method: "lanczos" or "kpm".
         outliers: known eigenpairs, as `hj.eigsh` returns them. The probes are taken orthogonal to those that converged,
             and these come back as exact atoms of mass 1 / n. What is rare and far out is then free of chance: a few
             outliers are most of a classifier's trace, and most of the variance of its estimate.
@@ -52,10 +63,11 @@ def spectral_density(
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
-        A `Density`: nodes and weights (num_probes, min(num_steps, n)), with k more columns if there are k outliers.
+        A `Density`: nodes and weights (num_probes, min(num_steps, n)), or (num_probes, 2 num_steps) with "kpm", with k
+        more columns if there are k outliers.
 
     Raises:
-        ValueError: a number is below 1, the operator has no entries, or `outliers` do not fit it.
+        ValueError: a number is below 1, `method` is unknown, the operator has no entries, or `outliers` do not fit it.
         TypeError: `op` is not an operator, `key` is no key, or a number is not an integer.
 
     Example:
@@ -68,7 +80,8 @@ def spectral_density(
 
     Source: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature,
     doi:10.1137/16M1104974; Chen, Trogdon and Ubaru, Analysis of stochastic Lanczos quadrature for spectrum
-    approximation, arXiv:2105.06595.
+    approximation, arXiv:2105.06595; Weiße, Wellein, Alvermann and Fehske, The kernel polynomial method,
+    doi:10.1103/RevModPhys.78.275.
     """
     op = as_operator(op, like)
     caller = "spectral_density"
@@ -77,10 +90,11 @@ def spectral_density(
     batch = None if probe_batch is None else at_least(1, "probe_batch", probe_batch, caller)
     needs_key(key, "spectral_density")
     needs_entries(op, "spectral_density")
-    num_steps = min(num_steps, op.size)
+    refuse_method(caller, method, _METHODS)
     known = None if outliers is None else _known(op, outliers)
-    plan = Plan(num_steps, probes_together(op, num_probes, num_steps, batch), Packing.of(op.like))
-    return _spectral_density(op, key, known, num_probes, plan)
+    kept = 0 if method == "kpm" else (num_steps := min(num_steps, op.size))
+    plan = Plan(num_steps, probes_together(op, num_probes, kept, batch), Packing.of(op.like))
+    return _spectral_density(op, key, known, num_probes, plan, method)
 
 
 class Known(eqx.Module):
@@ -116,14 +130,31 @@ def _known(op: Operator, pairs: Any) -> Known:
 
 
 @eqx.filter_jit
-def _spectral_density(op: Operator, key: PRNGKeyArray, known: Known | None, num_probes: int, plan: Plan) -> Density:
-    keys = jax.random.split(key, num_probes)
+def _spectral_density(
+    op: Operator, key: PRNGKeyArray, known: Known | None, num_probes: int, plan: Plan, method: str
+) -> Density:
     removed = None if known is None else plan.packing.pack(known.vectors, batch=1)
-    rules = gauss_rules(op, keys, removed, plan)
+    density = _METHODS[method](op, key, removed, num_probes, plan)
+    return density if known is None else _with_atoms(density, known)
+
+
+def _by_lanczos(op: Operator, key: PRNGKeyArray, removed: PyTree | None, num_probes: int, plan: Plan) -> Density:
+    rules = gauss_rules(op, jax.random.split(key, num_probes), removed, plan)
     below, above = jax.vmap(extents)(rules.nodes, rules.weights, rules.radii)
     spent = jnp.asarray(num_probes * plan.num_steps, jnp.int32)
-    density = Density(rules.nodes, rules.weights, below, above, op.size, spent)
-    return density if known is None else _with_atoms(density, known)
+    return Density(rules.nodes, rules.weights, below, above, op.size, spent)
+
+
+def _by_kernel_polynomials(
+    op: Operator, key: PRNGKeyArray, removed: PyTree | None, num_probes: int, plan: Plan
+) -> Density:
+    nodes, weights = chebyshev_rules(op, jax.random.split(key, num_probes + 1), removed, plan)
+    below, above = jax.vmap(extents)(nodes, weights, jnp.full_like(nodes, jnp.inf))
+    spent = jnp.asarray(num_probes * plan.num_steps + bound_steps(op), jnp.int32)
+    return Density(nodes, weights, below, above, op.size, spent)
+
+
+_METHODS: dict[str, Callable[..., Density]] = {"lanczos": _by_lanczos, "kpm": _by_kernel_polynomials}
 
 
 def _with_atoms(density: Density, known: Known) -> Density:
