@@ -8,6 +8,7 @@ from hessjax.estimate import Density as Density
 from hessjax.estimate import Diagonal as Diagonal
 from hessjax.estimate import Estimate as Estimate
 from hessjax.estimate import apply_function as apply_function
+from hessjax.estimate import condition_number as condition_number
 from hessjax.estimate import diagonal as diagonal
 from hessjax.estimate import effective_dimension as effective_dimension
 from hessjax.estimate import frobenius_norm as frobenius_norm

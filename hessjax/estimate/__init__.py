@@ -2,6 +2,7 @@
 
 from hessjax.estimate._apply_function import Applied as Applied
 from hessjax.estimate._apply_function import apply_function as apply_function
+from hessjax.estimate._condition import condition_number as condition_number
 from hessjax.estimate._density import Density as Density
 from hessjax.estimate._diagonal import Diagonal as Diagonal
 from hessjax.estimate._diagonal import diagonal as diagonal

@@ -8,15 +8,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import structure_of
 from hessjax.estimate._door import needs_entries, needs_key, refuse_method
 from hessjax.estimate._exact import exact_diagonal
 from hessjax.estimate._probes import BATCH, products, signs
-from hessjax.estimate._result import Estimate, average
-from hessjax.estimate._sketch import combine, gram, minus, sketch
+from hessjax.estimate._result import Estimate, average, exactly
+from hessjax.estimate._rounds import Method, as_tolerance, run
+from hessjax.estimate._sketch import Sketch, combine, gram, minus, sketch
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
@@ -36,7 +37,13 @@ class Diagonal(Estimate):
 
 
 def diagonal(
-    op: Operator | Any, num_matvecs: Any, key: Any, *, method: str = "xdiag", like: PyTree | None = None
+    op: Operator | Any,
+    num_matvecs: Any,
+    key: Any,
+    *,
+    method: str = "xdiag",
+    rtol: ArrayLike | None = None,
+    like: PyTree | None = None,
 ) -> Diagonal:
     """Estimates the diagonal of A from at most `num_matvecs` products.
 
@@ -55,6 +62,8 @@ def diagonal(
         num_matvecs: a ceiling. At least 1 for "hutchinson" and 2 for "xdiag"; twice that for a finite standard error.
         key: draws the random vectors.
         method: "xdiag" or "hutchinson".
+        rtol: an error that is enough, relative and of the whole: the run ends where the 2-norm of `stderr` is at most
+            rtol times that of `value`, as in `hj.trace`.
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
@@ -79,29 +88,33 @@ def diagonal(
     op = as_operator(op, like)
     num_matvecs = as_integer("num_matvecs", num_matvecs)
     refuse_method("diagonal", method, _METHODS)
+    rtol = as_tolerance("diagonal", rtol)
     needs_key(key, "diagonal")
     needs_entries(op, "diagonal")
     least = 2 if method == "xdiag" else 1
     if num_matvecs < min(least, op.size):
         raise ValueError(f'`diagonal` needs `num_matvecs >= {least}` for method="{method}", got {num_matvecs}.')
-    return _diagonal(op, num_matvecs, key, method, Packing.of(op.like))
+    return _diagonal(op, num_matvecs, key, method, rtol, Packing.of(op.like))
 
 
 @eqx.filter_jit
-def _diagonal(op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, packing: Packing) -> Diagonal:
-    if num_matvecs >= op.size:
+def _diagonal(
+    op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, rtol: Array | None, packing: Packing
+) -> Diagonal:
+    def exact(spent: int) -> Diagonal:
         value = exact_diagonal(op)
-        zeros = jtu.tree_map(jnp.zeros_like, value)
-        sums = jtu.tree_map(jnp.sum, value)
-        spent = jnp.asarray(op.size, jnp.int32)
-        return Diagonal(value, zeros, spent, Estimate(sums, jtu.tree_map(jnp.zeros_like, sums), spent))
-    return _METHODS[method](Packed(op, packing), packing, num_matvecs, key)
+        sums = exactly(jtu.tree_map(jnp.sum, value), spent + op.size)
+        return Diagonal(value, jtu.tree_map(jnp.zeros_like, value), sums.num_matvecs, sums)
+
+    return run(Packed(op, packing), num_matvecs, key, _METHODS[method](packing), rtol, exact)
 
 
-def _xdiag(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyArray) -> Diagonal:
+def _xdiag(packing: Packing) -> Method[Diagonal]:
+    return Method(partial(sketch, signs), partial(_left_one_out, packing), 2)
+
+
+def _left_one_out(packing: Packing, s: Sketch) -> Diagonal:
     """The mean over i of diag(Pᵢ A) + ωᵢ ⊙ (I - Pᵢ) A ωᵢ, where Pᵢ does not know the signs ωᵢ."""
-    half = num_matvecs // 2
-    s = sketch(op, key, half, signs)
     inside = jtu.tree_map(lambda q, z: jnp.sum(q * z, axis=0), s.basis, s.basis_images)
     direction, image = combine(s.basis, s.left_out), combine(s.basis_images, s.left_out)
     told = gram(s.basis, s.images)
@@ -115,18 +128,22 @@ def _xdiag(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyArray) 
         s.probes,
         rest,
     )
-    return _from_samples(packing.unpack(samples, batch=1), 2 * half)
+    return _from_samples(packing.unpack(samples, batch=1), 2 * told.shape[0])
 
 
-def _hutchinson(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyArray) -> Diagonal:
-    """The mean of z ⊙ Az over vectors of random signs, a batch at a time: no sample outlives its batch."""
+def _hutchinson(packing: Packing) -> Method[Diagonal]:
+    return Method(partial(_moments, packing), _from_moments, 1)
+
+
+def _moments(packing: Packing, op: Operator, keys: Array, known: "_Moments | None") -> "_Moments":
+    """Those of z ⊙ Az over vectors of random signs, a batch at a time: no sample outlives its batch."""
     structure = structure_of(op.like)
-    size = min(BATCH, num_matvecs)
-    keys = jax.random.split(key, num_matvecs)
+    count = keys.shape[0]
+    size = min(BATCH, count)
     # The last batch is filled up with keys that count for nothing, so that one program serves all batches.
-    missing = -num_matvecs % size
+    missing = -count % size
     filled = jnp.concatenate([keys, jnp.broadcast_to(keys[:1], (missing, *keys.shape[1:]))])
-    counts = (jnp.arange(num_matvecs + missing) < num_matvecs).reshape(-1, size)
+    counts = (jnp.arange(count + missing) < count).reshape(-1, size)
 
     def step(so_far: _Moments, batch: tuple[Array, Array]) -> tuple[_Moments, None]:
         keys, counts = batch
@@ -134,11 +151,15 @@ def _hutchinson(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyAr
         samples = packing.unpack(jtu.tree_map(jnp.multiply, probes, products(op, probes)), batch=1)
         return so_far.with_batch((samples, _leaf_sums(samples)), counts), None
 
-    zeros = packing.unpack(_zeros(structure))
-    start = _Moments.none((zeros, jtu.tree_map(lambda leaf: jnp.zeros((), leaf.dtype), zeros)))
-    moments, _ = jax.lax.scan(step, start, (filled.reshape(-1, size, *keys.shape[1:]), counts))
+    if known is None:
+        zeros = packing.unpack(_zeros(structure))
+        known = _Moments.none((zeros, jtu.tree_map(lambda leaf: jnp.zeros((), leaf.dtype), zeros)))
+    return jax.lax.scan(step, known, (filled.reshape(-1, size, *keys.shape[1:]), counts))[0]
+
+
+def _from_moments(moments: "_Moments") -> Diagonal:
     (value, sums), (error, sums_error) = moments.mean, moments.standard_error()
-    spent = jnp.asarray(num_matvecs, jnp.int32)
+    spent = moments.count.astype(jnp.int32)
     return Diagonal(value, error, spent, Estimate(sums, sums_error, spent))
 
 
@@ -200,7 +221,4 @@ class _Moments(eqx.Module):
         return jax.lax.stop_gradient(jtu.tree_map(error, self.mean, self.deviation))
 
 
-_METHODS: dict[str, Callable[[Operator, Packing, int, PRNGKeyArray], Diagonal]] = {
-    "xdiag": _xdiag,
-    "hutchinson": _hutchinson,
-}
+_METHODS: dict[str, Callable[[Packing], Method[Diagonal]]] = {"xdiag": _xdiag, "hutchinson": _hutchinson}

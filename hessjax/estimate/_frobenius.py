@@ -1,12 +1,13 @@
 """`frobenius_norm`: the size of an operator, from the images that a trace estimate uses."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import inner, norm
@@ -15,12 +16,20 @@ from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
 from hessjax.estimate._probes import on_long_sphere
 from hessjax.estimate._result import Estimate, exactly
-from hessjax.estimate._sketch import gram, sketch
+from hessjax.estimate._rounds import Method, as_tolerance, run
+from hessjax.estimate._sketch import Sketch, gram, sketch
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
 
-def frobenius_norm(op: Operator | Any, num_matvecs: Any, key: Any, *, like: PyTree | None = None) -> Estimate:
+def frobenius_norm(
+    op: Operator | Any,
+    num_matvecs: Any,
+    key: Any,
+    *,
+    rtol: ArrayLike | None = None,
+    like: PyTree | None = None,
+) -> Estimate:
     """Estimates ‖A‖_F = √Σᵢ λᵢ² from at most `num_matvecs` products.
 
     The square is ‖AQ‖²_F + ‖A(I - QQᵀ)‖²_F for any orthonormal Q. Q spans the images of k = num_matvecs / 2 random
@@ -32,6 +41,7 @@ def frobenius_norm(op: Operator | Any, num_matvecs: Any, key: Any, *, like: PyTr
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
         num_matvecs: a ceiling, at least 2; 4 for a finite standard error.
         key: draws the random vectors.
+        rtol: a relative standard error that is enough; the ceiling then need not be reached, as in `hj.trace`.
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
@@ -50,22 +60,31 @@ def frobenius_norm(op: Operator | Any, num_matvecs: Any, key: Any, *, like: PyTr
     """
     op = as_operator(op, like)
     num_matvecs = as_integer("num_matvecs", num_matvecs)
+    rtol = as_tolerance("frobenius_norm", rtol)
     needs_key(key, "frobenius_norm")
     needs_entries(op, "frobenius_norm")
     if num_matvecs < min(2, op.size):
         raise ValueError(f"`frobenius_norm` needs `num_matvecs >= 2`, got {num_matvecs}.")
-    return _frobenius_norm(op, num_matvecs, key, Packing.of(op.like))
+    return _frobenius_norm(op, num_matvecs, key, rtol, Packing.of(op.like))
 
 
 @eqx.filter_jit
-def _frobenius_norm(op: Operator, num_matvecs: int, key: PRNGKeyArray, packing: Packing) -> Estimate:
-    if num_matvecs >= op.size:
-        return exactly(norm(over_columns(op, lambda _, image: norm(image))), op.size)
-    half = num_matvecs // 2
-    s = sketch(Packed(op, packing), key, half, on_long_sphere)
+def _frobenius_norm(
+    op: Operator, num_matvecs: int, key: PRNGKeyArray, rtol: Array | None, packing: Packing
+) -> Estimate:
+    def exact(spent: int) -> Estimate:
+        return exactly(norm(over_columns(op, lambda _, image: norm(image))), spent + op.size)
+
+    return run(Packed(op, packing), num_matvecs, key, _METHOD, rtol, exact)
+
+
+def _root_of_square(s: Sketch) -> Estimate:
     forms = jax.vmap(lambda image: inner(image, image))(s.images)
     cross = 2 * gram(s.basis_images, s.images)
-    square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * half)
+    square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * forms.size)
     root = jnp.sqrt(jnp.where(square.value > 0, square.value, 1))
     value = jnp.where(square.value > 0, root, 0)
     return Estimate(s.unit * value, lax.stop_gradient(s.unit * square.stderr / (2 * root)), square.num_matvecs)
+
+
+_METHOD = Method(partial(sketch, on_long_sphere), _root_of_square, 2)

@@ -2,29 +2,46 @@
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import epsilon, inner, structure_of
+from hessjax._vectors import epsilon, inner, size_of, structure_of
 from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import on_long_sphere, products
 from hessjax.estimate._result import Estimate, average, scaled
-from hessjax.estimate._sketch import combine, gram, largest
+from hessjax.estimate._sketch import combine, gram, largest, stacked
 from hessjax.operators._operator import Operator
 
 
-def xnystrace(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
+class Images(eqx.Module):
+    """Random vectors Ω of length √n, and AΩ."""
+
+    probes: PyTree[Float[Array, "k ..."]]
+    images: PyTree[Float[Array, "k ..."]]
+
+
+def images_of_probes(op: Operator, keys: Array, known: Images | None) -> Images:
+    structure = structure_of(op.like)
+    probes = jax.vmap(partial(on_long_sphere, structure=structure))(keys)
+    images = products(op, probes)
+    if known is not None:
+        probes, images = stacked(known.probes, probes), stacked(known.images, images)
+    return Images(probes, images)
+
+
+def xnystrace(data: Images) -> Estimate:
     """The mean over i of tr Âᵢ + ωᵢᵀ(A - Âᵢ)ωᵢ, Âᵢ the Nyström approximation from all vectors but ωᵢ.
 
     Â = Y H⁻¹ Yᵀ with Y = AΩ and H = ΩᵀY; Âᵢ is Â less (Y hᵢ)(Y hᵢ)ᵀ / eᵢᵀhᵢ with hᵢ = H⁻¹ eᵢ, and the second term is
     1 / eᵢᵀhᵢ. A small shift of A, taken off the trace again, keeps H invertible where A's rank is below k.
     """
-    k, n, structure = num_matvecs, op.size, structure_of(op.like)
-    probes = jax.vmap(partial(on_long_sphere, structure=structure))(jax.random.split(key, k))
-    images = products(op, probes)
+    probes, images = data.probes, data.images
+    structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), probes)
+    k, n = jtu.tree_leaves(probes)[0].shape[0], size_of(structure)
     unit = lax.stop_gradient(largest(images))
     images = jtu.tree_map(lambda leaf: (leaf / unit).astype(leaf.dtype), images)
     size = jnp.sqrt(jnp.sum(jax.vmap(inner)(images, images)) / n)

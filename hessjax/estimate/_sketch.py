@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, structure_of
 from hessjax.estimate._probes import products
@@ -68,24 +68,27 @@ class Sketch(eqx.Module):
         return jnp.sum(jnp.where(live, self.left_out, 0) ** 2, axis=0)
 
 
-def sketch(op: Operator, key: PRNGKeyArray, k: int, draw: Callable[..., PyTree]) -> Sketch:
-    """Draws k vectors and multiplies twice: 2k products, and memory for 4k vectors.
+def sketch(draw: Callable[..., PyTree], op: Operator, keys: Array, known: Sketch | None) -> Sketch:
+    """Draws a vector for each of k keys and multiplies twice: 2k products, and memory for 4k vectors.
 
     Args:
-        op: A, on plain vectors.
-        key: draws the vectors, one key for each.
-        k: how many.
         draw: from a key and a structure to a vector.
+        op: A, on plain vectors.
+        keys: one for each vector.
+        known: an earlier sketch, which is extended, or None.
     """
     structure = structure_of(op.like)
-    probes = jax.vmap(lambda key: draw(key, structure))(jax.random.split(key, k))
+    probes = jax.vmap(lambda key: draw(key, structure))(keys)
     images = products(op, probes)
+    if known is not None:
+        probes, images = stacked(known.probes, probes), stacked(_times(known.images, known.unit), images)
     unit = lax.stop_gradient(largest(images))
-    basis = orthonormal(jtu.tree_map(lambda leaf: leaf / unit, lax.stop_gradient(images)))
-    basis_images = products(op, basis)
-    images, basis_images = (
-        jtu.tree_map(lambda leaf: (leaf / unit).astype(leaf.dtype), block) for block in (images, basis_images)
-    )
+    old = None if known is None else known.basis
+    basis = orthonormal(_times(lax.stop_gradient(images), 1 / unit), old)
+    basis_images = products(op, jtu.tree_map(lambda leaf: leaf[-keys.shape[0] :], basis))
+    if known is not None:
+        basis_images = stacked(_times(known.basis_images, known.unit), basis_images)
+    images, basis_images = (_times(block, 1 / unit) for block in (images, basis_images))
     triangle = gram(basis, lax.stop_gradient(images))
     alive = jax.vmap(norm)(basis) > 0
     return Sketch(
@@ -98,6 +101,14 @@ def sketch(op: Operator, key: PRNGKeyArray, k: int, draw: Callable[..., PyTree])
         jnp.sum(alive),
         unit,
     )
+
+
+def stacked(first: Block, second: PyTree[Float[Array, "m ..."]]) -> PyTree[Float[Array, "both ..."]]:
+    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
+def _times(block: Block, factor: Float[Array, ""]) -> Block:
+    return jtu.tree_map(lambda leaf: (leaf * factor).astype(leaf.dtype), block)
 
 
 def largest(block: PyTree) -> Float[Array, ""]:
@@ -128,11 +139,20 @@ def minus(x: Block, y: Block) -> Block:
     return jtu.tree_map(jnp.subtract, x, y)
 
 
-def orthonormal(block: Block) -> Block:
-    """Gram-Schmidt, with a second pass where the first one cancelled; dependent vectors become zero."""
+def orthonormal(block: Block, known: PyTree[Float[Array, "m ..."]] | None = None) -> Block:
+    """Gram-Schmidt, with a second pass where the first one cancelled; dependent vectors become zero.
+
+    Args:
+        block: the vectors.
+        known: what the first of them became in an earlier call.
+    """
     structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)
     count = jtu.tree_leaves(block)[0].shape[0]
+    start = 0 if known is None else jtu.tree_leaves(known)[0].shape[0]
     position = jnp.arange(count)
+
+    def keep(basis: Basis, item: tuple[Array, Any]) -> tuple[Basis, None]:
+        return basis.set_row(*item), None
 
     def step(basis: Basis, item: tuple[Array, Any]) -> tuple[Basis, None]:
         index, vector = item
@@ -140,7 +160,10 @@ def orthonormal(block: Block) -> Block:
         _, rest, left = basis.orthogonalize(vector, before, before)
         return basis.set_row(index, divide(rest, left)), None
 
-    return lax.scan(step, Basis.zeros(structure, count), (position, block))[0].stack()
+    basis = Basis.zeros(structure, count)
+    if known is not None:
+        basis, _ = lax.scan(keep, basis, (position[:start], known))
+    return lax.scan(step, basis, (position[start:], jtu.tree_map(lambda leaf: leaf[start:], block)))[0].stack()
 
 
 def _left_out(triangle: Float[Array, "k k"], alive: Array, eps: float) -> Float[Array, "k k"]:

@@ -1,29 +1,36 @@
 """`trace`: XTrace, and what it is better than."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import inner, structure_of
 from hessjax.estimate._door import needs_entries, needs_key, refuse_method
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
-from hessjax.estimate._nystrom import xnystrace
+from hessjax.estimate._nystrom import images_of_probes, xnystrace
 from hessjax.estimate._probes import in_batches, on_long_sphere, products, signs
 from hessjax.estimate._result import Estimate, average, exactly, scaled
-from hessjax.estimate._sketch import combine, gram, minus, orthonormal, sketch
+from hessjax.estimate._rounds import Method, as_tolerance, run
+from hessjax.estimate._sketch import Sketch, combine, gram, minus, orthonormal, sketch, stacked
 from hessjax.operators._operator import Operator, as_operator, quadratic_form
 from hessjax.operators._packing import Packed, Packing
 
 
 def trace(
-    op: Operator | Any, num_matvecs: Any, key: Any, *, method: str = "xtrace", like: PyTree | None = None
+    op: Operator | Any,
+    num_matvecs: Any,
+    key: Any,
+    *,
+    method: str = "xtrace",
+    rtol: ArrayLike | None = None,
+    like: PyTree | None = None,
 ) -> Estimate:
     """Estimates tr A = Σᵢ λᵢ from at most `num_matvecs` products.
 
@@ -43,6 +50,10 @@ def trace(
             for a finite standard error.
         key: draws the random vectors.
         method: one of the above.
+        rtol: a relative standard error that is enough, such as 0.01. The run then takes 16 random vectors, twice as
+            many, and so on up to the ceiling, keeps all it has learnt, and ends when stderr <= rtol · |value|. It may
+            be traced. Ending when an error looks small makes it a little too small on average; where 2n products are in
+            hand, the last resort is exact. Each doubling is compiled, and under `vmap` all of them run.
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Returns:
@@ -67,59 +78,84 @@ def trace(
     op = as_operator(op, like)
     num_matvecs = as_integer("num_matvecs", num_matvecs)
     refuse_method("trace", method, _METHODS)
+    rtol = as_tolerance("trace", rtol)
     needs_key(key, "trace")
     needs_entries(op, "trace")
     least = _LEAST[method]
     if num_matvecs < min(least, op.size):
         raise ValueError(f'`trace` needs `num_matvecs >= {least}` for method="{method}", got {num_matvecs}.')
-    return _trace(op, num_matvecs, key, method, Packing.of(op.like))
+    return _trace(op, num_matvecs, key, method, rtol, Packing.of(op.like))
 
 
 @eqx.filter_jit
-def _trace(op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, packing: Packing) -> Estimate:
-    if num_matvecs >= op.size:
-        return exactly(jnp.sum(over_columns(op, inner)), op.size)
-    return _METHODS[method](Packed(op, packing), num_matvecs, key)
+def _trace(
+    op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, rtol: Array | None, packing: Packing
+) -> Estimate:
+    def exact(spent: int) -> Estimate:
+        return exactly(jnp.sum(over_columns(op, inner)), spent + op.size)
+
+    return run(Packed(op, packing), num_matvecs, key, _METHODS[method], rtol, exact)
 
 
-def _hutchinson(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
-    """The mean of zᵀAz over vectors of random signs: variance 2 (‖A‖²_F - Σᵢ Aᵢᵢ²) each, none for a diagonal A."""
+def _forms(op: Operator, keys: Array, known: Array | None) -> Float[Array, " count"]:
+    """zᵀAz for vectors of random signs."""
     structure = structure_of(op.like)
-
-    def one(key: PRNGKeyArray) -> Array:
-        return quadratic_form(op, signs(key, structure))
-
-    return average(in_batches(jax.vmap(one), jax.random.split(key, num_matvecs)), num_matvecs)
+    forms = in_batches(jax.vmap(lambda key: quadratic_form(op, signs(key, structure))), keys)
+    return forms if known is None else jnp.concatenate([known, forms])
 
 
-def _hutchplusplus(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
+def _hutchinson(forms: Float[Array, " count"]) -> Estimate:
+    """Their mean: variance 2 (‖A‖²_F - Σᵢ Aᵢᵢ²) each, none for a diagonal A."""
+    return average(forms, forms.size)
+
+
+class Halves(eqx.Module):
+    """An orthonormal basis of the images of some random vectors, other random vectors, and the images of both."""
+
+    basis: PyTree
+    basis_images: PyTree
+    probes: PyTree
+    images: PyTree
+
+
+def _halves(op: Operator, keys: Array, known: Halves | None) -> Halves:
+    structure = structure_of(op.like)
+    pairs = jax.vmap(jax.random.split)(keys)
+    first, probes = (jax.vmap(partial(signs, structure=structure))(pairs[:, i]) for i in (0, 1))
+    images, fresh = products(op, probes), jax.lax.stop_gradient(products(op, first))
+    if known is None:
+        basis = orthonormal(fresh)
+        return Halves(basis, products(op, basis), probes, images)
+    basis = orthonormal(stacked(known.basis, fresh), known.basis)
+    basis_images = products(op, jtu.tree_map(lambda leaf: leaf[-keys.shape[0] :], basis))
+    return Halves(
+        basis, stacked(known.basis_images, basis_images), stacked(known.probes, probes), stacked(known.images, images)
+    )
+
+
+def _hutchplusplus(data: Halves) -> Estimate:
     """The trace on the span of a third of the products, and Hutchinson's estimate on its complement."""
-    third, structure = num_matvecs // 3, structure_of(op.like)
-    keys = jax.random.split(key, 2 * third)
-    first, second = (jax.vmap(partial(signs, structure=structure))(part) for part in (keys[:third], keys[third:]))
-    basis = orthonormal(jax.lax.stop_gradient(products(op, first)))
-    inside = jnp.trace(gram(basis, products(op, basis)))
-    rest = minus(second, combine(basis, gram(basis, second)))
-    samples = jax.vmap(inner)(rest, products(op, rest))
-    return average(inside + samples, 3 * third)
+    inside = jnp.trace(gram(data.basis, data.basis_images))
+    coordinates = gram(data.basis, data.probes)
+    rest = minus(data.probes, combine(data.basis, coordinates))
+    samples = jax.vmap(inner)(rest, minus(data.images, combine(data.basis_images, coordinates)))
+    return average(inside + samples, 3 * samples.size)
 
 
-def _xtrace(op: Operator, num_matvecs: int, key: PRNGKeyArray) -> Estimate:
+def _xtrace(s: Sketch) -> Estimate:
     """The mean over i of tr QᵢᵀAQᵢ + ωᵢᵀ(I - Pᵢ)A(I - Pᵢ)ωᵢ, where Qᵢ does not know ωᵢ.
 
     The second term is scaled to its mean over directions: what is left of ωᵢ has the length it should have on average.
     """
-    half = num_matvecs // 2
-    s = sketch(op, key, half, on_long_sphere)
     forms = jax.vmap(inner)(s.probes, s.images)
     cross = gram(s.basis, s.images) + gram(s.basis_images, s.probes)
-    return scaled(from_left_out(s, forms, cross, gram(s.basis, s.basis_images), 2 * half), s.unit)
+    return scaled(from_left_out(s, forms, cross, gram(s.basis, s.basis_images), 2 * forms.size), s.unit)
 
 
-_METHODS: dict[str, Callable[[Operator, int, PRNGKeyArray], Estimate]] = {
-    "xtrace": _xtrace,
-    "xnystrace": xnystrace,
-    "hutch++": _hutchplusplus,
-    "hutchinson": _hutchinson,
+_METHODS = {
+    "xtrace": Method(partial(sketch, on_long_sphere), _xtrace, 2),
+    "xnystrace": Method(images_of_probes, xnystrace, 1),
+    "hutch++": Method(_halves, _hutchplusplus, 3),
+    "hutchinson": Method(_forms, _hutchinson, 1),
 }
 _LEAST = {"xtrace": 2, "xnystrace": 2, "hutch++": 3, "hutchinson": 1}

@@ -88,3 +88,17 @@ def test_errors_name_the_value():
         hj.diagonal(Diagonal(jnp.ones(5)), 1, jax.random.key(0))
     with pytest.raises(ValueError, match="'hutchinson', got 'bekas'"):
         hj.diagonal(Diagonal(jnp.ones(5)), 2, jax.random.key(0), method="bekas")
+
+
+@pytest.mark.parametrize("method", ["xdiag", "hutchinson"])
+def test_a_wanted_error_of_the_whole_ends_the_run(method, rng, x64):
+    op = rotated(rng, 0.8 ** np.arange(N))
+    truth = np.diag(op.exact())
+    whole = hj.diagonal(op, 59, jax.random.key(0), method=method)
+    assert whole.num_matvecs >= 58
+    for rtol, least, most in ((0.9, 16, 32), (0.0, 58, 59)):
+        estimate = hj.diagonal(op, 59, jax.random.key(0), method=method, rtol=rtol)
+        assert least <= estimate.num_matvecs <= most
+        assert np.linalg.norm(estimate.value - truth) <= 3 * np.linalg.norm(estimate.stderr)
+    np.testing.assert_allclose(estimate.value, whole.value, rtol=1e-6)
+    np.testing.assert_allclose(estimate.sums.stderr, whole.sums.stderr, rtol=1e-4)

@@ -72,3 +72,14 @@ def test_errors_name_the_value():
         hj.apply_function(jnp.exp, Diagonal(jnp.ones(3)), jnp.ones(3), 0)
     with pytest.raises(ValueError, match=r"must have shape \(3,\)"):
         hj.apply_function(jnp.exp, Diagonal(jnp.ones(3)), jnp.ones(4), 2)
+
+
+def test_the_condition_number_lies_within_its_bound(x64):
+    values = jnp.asarray(np.r_[0.01, np.linspace(5, 50, 299)])
+    run = jax.jit(lambda v: hj.condition_number(Diagonal(v), jax.random.key(0)))
+    estimate = run(values)
+    assert abs(estimate.value - 5000) <= estimate.stderr < 11
+    assert np.isnan(run(values.at[0].set(-1)).value)
+    assert np.isposinf(run(values.at[0].set(0)).stderr)
+    with pytest.raises(ValueError, match="at least two"):
+        hj.condition_number(Diagonal(jnp.ones(1)), jax.random.key(0))

@@ -141,3 +141,44 @@ def test_errors_name_the_value():
         hj.frobenius_norm(op, 0, jax.random.key(0))
     with pytest.raises(ValueError, match="at least one parameter"):
         hj.trace(lambda v: v, 4, jax.random.key(0), like=jnp.zeros(0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_wanted_error_ends_the_run_and_the_last_round_is_the_whole_run(method, rng, x64):
+    op, truth = rotated(rng, SPECTRA["exponential"]), SPECTRA["exponential"].sum()
+    run = jax.jit(lambda rtol, key: hj.trace(op, 96, key, method=method, rtol=rtol))
+    spent, near = [], []
+    for rtol in (0.3, 1e-3, 0.0):
+        estimates = [run(rtol, jax.random.key(seed)) for seed in range(12)]
+        for estimate in estimates:
+            assert estimate.num_matvecs >= 90 or estimate.stderr <= rtol * abs(estimate.value)
+            near.append(abs(estimate.value - truth) <= 2 * estimate.stderr + 1e-9)
+        spent.append(np.mean([e.num_matvecs for e in estimates]))
+    assert spent[0] < spent[1] <= spent[2] <= 96
+    assert np.mean(near) >= 0.85
+    whole = hj.trace(op, 96, jax.random.key(0), method=method)
+    last = run(0.0, jax.random.key(0))
+    np.testing.assert_allclose([last.value, last.num_matvecs], [whole.value, whole.num_matvecs], rtol=1e-6)
+
+
+def test_with_products_to_spare_the_last_resort_is_exact():
+    values = jnp.arange(40.0)
+    for estimate in (
+        hj.trace(Diagonal(values), 100, jax.random.key(0), rtol=0.0),
+        hj.frobenius_norm(Diagonal(values), 100, jax.random.key(0), rtol=0.0),
+        hj.diagonal(Diagonal(values), 100, jax.random.key(0), rtol=0.0),
+    ):
+        assert estimate.num_matvecs == 80
+        assert np.all(estimate.stderr == 0)
+
+
+def test_not_a_number_ends_the_run():
+    estimate = hj.trace(Diagonal(jnp.full(N, jnp.nan)), 96, jax.random.key(0), rtol=0.0)
+    assert np.isnan(estimate.value)
+    assert estimate.num_matvecs == 32
+
+
+def test_errors_of_a_wanted_error():
+    for estimator in (hj.trace, hj.diagonal, hj.frobenius_norm):
+        with pytest.raises(ValueError, match=r"`rtol >= 0`, got -1"):
+            estimator(Diagonal(jnp.ones(5)), 4, jax.random.key(0), rtol=-1.0)
