@@ -16,7 +16,7 @@ from hessjax.operators._operator import Operator, as_operator
 
 _SHARE = 8  # by default a solve may take an eighth of the device's memory
 _SPARE = 256  # Krylov dimensions beyond k; a larger projected problem costs more than the products it saves
-_SPARE_ABOVE = 64  # the least of them for the outliers of a network, which need few: rows cost time though never used
+_SPARE_ABOVE = 48  # the least of them for the outliers of a network, which need few: rows cost time though never used
 _FREE = 1 << 24  # bytes that a basis may have before its rows cost a noticeable time
 _WORKING = 12  # vectors beside the basis and the results: measured on compiled programs, 10 to 12
 _SQUARES = 8  # matrices of the projected problem's size
@@ -76,7 +76,7 @@ def default_ncv(
 
     A program on the CPU writes zeros to every row before it starts, 40 ms for 90 MB. The low end of a trained network's
     spectrum repays that many times over. At the high end, or by magnitude, outliers converge before the rows are
-    needed: there a basis holds what 16 MB hold, at least k + 64 rows.
+    needed: there a basis holds what 16 MB hold, at least k + 48 rows.
 
     Args:
         structure: of one vector.
