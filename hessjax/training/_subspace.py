@@ -1,0 +1,40 @@
+"""How the space of the top eigenvectors turns from one measurement to the next, and what lies in it."""
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from hessjax._vectors import contract, divide, norm, scalar_dtype
+from hessjax.krylov._dense import sequential_eigh
+
+
+def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> Float[Array, "k m"]:
+    """All inner products ⟨xᵢ, yⱼ⟩ of two stacks of vectors."""
+    dtype = scalar_dtype(x)
+
+    def part(a: Array, b: Array) -> Array:
+        axes = tuple(range(1, a.ndim))
+        return contract(a, b, (axes, axes), dtype).astype(dtype)
+
+    parts = jtu.tree_leaves(jtu.tree_map(part, x, y))
+    return sum(parts[1:], parts[0])
+
+
+def overlap(vector: PyTree, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:
+    """‖Qᵀu‖² / ‖u‖² for orthonormal rows Q: the share of u that lies in their span. NaN for u = 0."""
+    size = norm(vector)
+    unit = jtu.tree_map(lambda leaf: leaf[None], divide(vector, size))
+    return jnp.where(size > 0, jnp.sum(jnp.square(gram(basis, unit))), jnp.nan)
+
+
+def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k ..."]]) -> Float[Array, " k"]:
+    """The k principal angles in radians between the spans of two stacks of orthonormal vectors, ascending.
+
+    Each angle comes from its sine and its cosine both, since either alone loses half of the digits somewhere. The
+    sines are the singular values of Y - X XᵀY.
+    """
+    cosines = gram(x, y)
+    outside = jtu.tree_map(lambda b, a: b - contract(cosines, a, (0, 0), cosines.dtype).astype(b.dtype), y, x)
+    squares = sequential_eigh(gram(outside, outside))[0]
+    shared = sequential_eigh(contract(cosines, cosines, (0, 0), cosines.dtype))[0][::-1]
+    return jnp.arctan2(jnp.sqrt(jnp.maximum(squares, 0)), jnp.sqrt(jnp.maximum(shared, 0)))
