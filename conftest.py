@@ -2,4 +2,6 @@
 
 import importlib.util
 
-collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["hessjax/interop/_torch/*"]
+collect_ignore_glob = ["tests/interop/fixtures/*"]
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob.append("hessjax/interop/_torch/*")

@@ -71,7 +71,7 @@ def program_bytes(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
 def memory(hessian: hj.Operator, key: Array, vector: PyTree, count: int, ncv: int | None) -> dict[str, Any]:
     """The solver's memory in vectors of n numbers."""
     unit = sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(hessian.structure))
-    dimension = default_ncv(hessian.structure, K) if ncv is None else ncv
+    dimension = default_ncv(hessian.structure, K, WHICH) if ncv is None else ncv
     temporary, output = program_bytes(lambda op, key: solve(op, key, ncv), hessian, key)
     product, _ = program_bytes(lambda op, v: op.product(v), hessian, vector)
     looped, _ = program_bytes(lambda op, v: bare_products(op, v, jnp.ones(()), count), hessian, vector)

@@ -1,11 +1,12 @@
-"""Products with the curvature family against products with the Hessian: time in a compiled loop, and memory.
+"""Products with the curvature family against products with the Hessian: time alone and in a compiled loop, and memory.
 
-Run `python -m benchmarks.products [--x64]`; half a minute on two idle cores. The network is the 64-256-256-10
-perceptron on the 1797 digits (85,002 parameters), untrained. Both programs make 20 products in one `lax.fori_loop`, as
-a solver does, so that what does not depend on the vector is computed once. A case is an operator and a slice size
-(`batch_size`; null for all examples at once). Its line gives:
+Run `python -m benchmarks.products [--x64] [--sizes 64 256 256 10]`; half a minute on two idle cores. The network is a
+perceptron on the 1797 digits (85,002 parameters unless other sizes are given), untrained. Both programs make 20
+products in one `lax.fori_loop`, as a solver does, so that what does not depend on the vector is computed once. A case
+is an operator and a slice size (`batch_size`; null for all examples at once). Its line gives:
 
 - `time_ratio`: the median over pairs of calls that ran in turn of this operator's time by the Hessian's; `median_s`.
+- `single_ratio`: the same of one compiled product by itself.
 - `memory_ratio`: temporaries of the two compiled loops, by XLA's own account; `memory_mb` of this one.
 - `error`: for `ggn`, max |Gv + Rv - Hv| / max |Hv| with R the residual part; null for the others.
 """
@@ -44,6 +45,12 @@ def power(op: hj.Operator, vector: PyTree) -> PyTree:
     return jax.lax.fori_loop(0, PRODUCTS, step, vector)
 
 
+@jax.jit
+def product(op: hj.Operator, vector: PyTree) -> PyTree:
+    """One product."""
+    return op(vector)
+
+
 def memory(op: hj.Operator, vector: PyTree) -> float:
     """Temporaries of the compiled loop, in megabytes."""
     return power.lower(op, vector).compile().memory_analysis().temp_size_in_bytes / 1e6
@@ -64,21 +71,27 @@ def main() -> None:
         description="Products with the curvature family against products with the Hessian."
     )
     parser.add_argument("--x64", action="store_true", help="float64")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="widths of the layers, 64 and 10 at the ends"
+    )
     arguments = parser.parse_args()
+    sizes = tuple(arguments.sizes)
     with jax.enable_x64(arguments.x64):
-        model = digits_mlp(SIZES, steps=0, dtype=jnp.float64 if arguments.x64 else jnp.float32)
+        model = digits_mlp(sizes, steps=0, dtype=jnp.float64 if arguments.x64 else jnp.float32)
         vector = jtu.tree_map(jnp.ones_like, model.params)
         for batch_size in (None, 256):
             hessian = model.hessian(batch_size)
             for name, transform in FAMILY.items():
                 op = transform(batch_size)(model.params, *model.data)
                 times = compare(lambda op=op: power(op, vector), lambda: power(hessian, vector), repeats=9)  # noqa: B023 called at once
+                single = compare(lambda op=op: product(op, vector), lambda: product(hessian, vector), repeats=49)  # noqa: B023
                 report(
                     "products",
-                    sizes={"network": SIZES, "examples": model.num_examples, "products": PRODUCTS},
+                    sizes={"network": sizes, "examples": model.num_examples, "products": PRODUCTS},
                     operator=name,
                     batch_size=batch_size,
                     time_ratio=times.ratio,
+                    single_ratio=single.ratio,
                     median_s=times.ours,
                     memory_ratio=memory(op, vector) / memory(hessian, vector),
                     memory_mb=memory(op, vector),

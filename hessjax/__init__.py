@@ -3,6 +3,22 @@
 __version__ = "0.1.0"
 
 from hessjax._model import Model as Model
+from hessjax.estimate import Applied as Applied
+from hessjax.estimate import Density as Density
+from hessjax.estimate import Diagonal as Diagonal
+from hessjax.estimate import Estimate as Estimate
+from hessjax.estimate import apply_function as apply_function
+from hessjax.estimate import diagonal as diagonal
+from hessjax.estimate import effective_dimension as effective_dimension
+from hessjax.estimate import frobenius_norm as frobenius_norm
+from hessjax.estimate import logdet as logdet
+from hessjax.estimate import nuclear_norm as nuclear_norm
+from hessjax.estimate import num_negative as num_negative
+from hessjax.estimate import spectral_density as spectral_density
+from hessjax.estimate import spectral_entropy as spectral_entropy
+from hessjax.estimate import stable_rank as stable_rank
+from hessjax.estimate import trace as trace
+from hessjax.estimate import trace_of as trace_of
 from hessjax.interop import as_lineax as as_lineax
 from hessjax.interop import as_scipy as as_scipy
 from hessjax.interop import check_hvp as check_hvp

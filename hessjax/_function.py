@@ -23,9 +23,14 @@ class Function(eqx.Module):
     rest: tuple[Any, ...] = eqx.field(static=True)
     treedef: Any = eqx.field(static=True)
 
-    def __call__(self, *args: Any) -> Any:
+    @property
+    def inner(self) -> Any:
+        """The callable that it was made of."""
         leaves = [b if a is None else a for a, b in zip(self.arrays, self.rest, strict=True)]
-        return self.treedef.unflatten(leaves)(*args)
+        return self.treedef.unflatten(leaves)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.inner(*args)
 
 
 def as_function(function: Callable[..., Any]) -> Function:

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree, Scalar
 from hessjax._function import Function, as_function
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
-from hessjax.operators._examples import as_batch_size, as_samples, outputs_of
+from hessjax.operators._examples import as_batch_size, as_samples, hoisted, outputs_of
 from hessjax.operators._ggn import gauss_newton
 from hessjax.operators._hessian import as_scalar, count_examples
 
@@ -104,7 +104,8 @@ class Model(eqx.Module):
             batch_size: examples per slice, summed in a loop inside the program; None for all at once. See `hj.hvp`.
         """
         mean_loss = _MeanLoss(self.forward, self.loss, self.batched)
-        return hvp(mean_loss, batch_size=batch_size)(self.params, *self.data)
+        op = hvp(mean_loss, batch_size=batch_size)(self.params, *self.data)
+        return hoisted(op, self.forward, self.loss)
 
     def ggn(self, batch_size: Any = None, *, mc_samples: Any = None, key: Any = None) -> Operator:
         """The generalized Gauss-Newton matrix as an operator, exact or sampled.

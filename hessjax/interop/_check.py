@@ -100,6 +100,7 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
 def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vector: Any) -> Any:
     import torch
 
+    from hessjax.interop._torch._data import untouched
     from hessjax.interop._torch._reference import plain_attention
 
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -112,7 +113,7 @@ def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vect
     def place(flat: Flat) -> None:
         with torch.no_grad():
             for p, part in zip(trained.values(), _split(flat, shapes), strict=True):
-                p.copy_(torch.as_tensor(part))
+                p.copy_(torch.from_numpy(np.array(part)))
 
     def gradient(flat: Flat, graph: bool = False) -> Any:
         place(flat)
@@ -122,7 +123,9 @@ def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vect
 
     def product(flat: Flat, v: Flat) -> Flat:
         parameters = list(trained.values())
-        tangents = [torch.as_tensor(part).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)]
+        tangents = [
+            torch.from_numpy(np.array(part)).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)
+        ]
         pairs = [(g, t) for g, t in zip(gradient(flat, True), tangents, strict=True) if g.requires_grad]
         if not pairs:
             return np.zeros_like(v)
@@ -133,7 +136,7 @@ def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vect
 
     v = None if vector is None else _join([np.asarray(vector[name], np.float64) for name in trained])
     try:
-        with plain_attention():
+        with untouched(), plain_attention():
             yield flat_of(saved.values()), v, lambda f: flat_of(gradient(f)), product, _namer(list(trained), shapes)
     finally:
         with torch.no_grad():

@@ -215,7 +215,11 @@ def _load_orbax(path: Path) -> PyTree:
     except ImportError as error:
         raise missing("load_params", "orbax-checkpoint", "files") from error
     with jax.enable_x64(True), ocp.StandardCheckpointer() as checkpointer:
-        return jtu.tree_map(np.asarray, checkpointer.restore(path.resolve()))
+        try:
+            restored = checkpointer.restore(path.resolve())
+        except FileNotFoundError as error:
+            raise ValueError(f"The directory `{path}` holds no orbax checkpoint of a pytree: {error}") from error
+        return jtu.tree_map(np.asarray, restored)
 
 
 _READERS: dict[str, Callable[[Path], PyTree]] = {

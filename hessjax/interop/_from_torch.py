@@ -24,10 +24,13 @@ def from_torch(
     `torch.export` records the module's operations in eval mode, for any batch size; each is replaced by its JAX
     equivalent, and what comes out is a plain JAX function. The user's module, its training flag, and torch's random
     state, default dtype and device are left as they were; weights are copied. The port and PyTorch are then compared
-    on up to 8 examples, in float64 even for a float32 module, where it can run so.
+    on up to 8 examples, in float64 even for a float32 module, where it can run so. Attention is computed by its formula
+    and transformer layers by their parts, in the port and in the comparison: torch's fused kernels have no second
+    derivative. The second derivative is JAX's own, so that it is right where torch's is wrong (`weight_norm`).
 
     Args:
-        module: a `torch.nn.Module` on the CPU. A Hugging Face model's output is its `logits`.
+        module: a `torch.nn.Module` on the CPU; under `torch.compile`, the module inside counts. A Hugging Face model's
+            output is its `logits`.
         data: `(inputs, targets)` as tensors or arrays, the examples on the leading axis, or a Dataset or DataLoader of
             such pairs, read once. A tuple of inputs is several arguments, a dict named ones. Of batches that are
             dicts, `labels` is the target.

@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from jax.tree_util import Partial
 from jaxtyping import PyTree
 
 from hessjax.operators import Operator
-from hessjax.operators._operator import as_operator
+from hessjax.operators._operator import as_operator, multiply
 
 if TYPE_CHECKING:
     from lineax import FunctionLinearOperator
@@ -39,4 +40,6 @@ def as_lineax(op: Operator | Any, *, tags: Any = (), like: PyTree | None = None)
         raise ImportError("`as_lineax` needs lineax: pip install 'hessjax[lineax]'.") from error
     op = as_operator(op, like)
     given = tags if isinstance(tags, tuple | list | set | frozenset) else (tags,)
-    return lx.FunctionLinearOperator(op.product, op.structure, frozenset({lx.symmetric_tag, *given}))
+    # Not converted: the operator's arrays are leaves already, and new ones of the same shapes compile nothing.
+    tags = frozenset({lx.symmetric_tag, *given})
+    return lx.FunctionLinearOperator(Partial(multiply, op), op.structure, tags, closure_convert=False)

@@ -150,7 +150,7 @@ def check_independence(outputs_of: Callable[[PyTree], PyTree], inputs: PyTree, w
     length = jtu.tree_leaves(inputs)[0].shape[0]
     if length < 2:
         return
-    parts = [outputs_of(take(inputs, low, high)) for low, high in ((0, 1), (1, length))]
+    parts = [outputs_of(take(inputs, low, high)) for low, high in ((0, length // 2), (length // 2, length))]
     joined = jtu.tree_map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
     found = difference("outputs", joined, whole)
     if found.relative > tolerance:

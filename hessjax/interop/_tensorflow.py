@@ -69,7 +69,7 @@ def from_tensorflow(
         raise missing("from_tensorflow", "TensorFlow", "tensorflow") from error
     if isinstance(source, str | Path):
         source = tf.saved_model.load(str(source))
-    held = list(getattr(source, "trainable_variables", ())) if variables is None else list(variables)
+    held = _trainable(tf, source) if variables is None else list(variables)
     if not held:
         raise ValueError("The function has no `trainable_variables` of its own: pass them as `variables=`.")
     names = unique_names([v.name.removesuffix(":0") for v in held])
@@ -78,6 +78,17 @@ def from_tensorflow(
     if verify is False:
         return model
     return model.proven(_proof(tf, model, _callable(source), names, held, verify, kwargs))
+
+
+def _trainable(tf: Any, source: Any) -> list[Any]:
+    """What the source says is trainable, or else what is found in it: a SavedModel says nothing."""
+    declared = getattr(source, "trainable_variables", None)
+    if declared is not None:
+        return list(declared)
+    if not hasattr(source, "_self_setattr_tracking"):
+        return []
+    found = tf.train.TrackableView(source).descendants()
+    return [part for part in found if isinstance(part, tf.Variable) and part.trainable]
 
 
 def _to_numpy(leaf: Any) -> Any:

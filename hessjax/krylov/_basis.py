@@ -25,11 +25,18 @@ _CHUNK = 1 << 14  # columns rotated at a time, at most
 
 
 def block_sizes(num_rows: int) -> list[int]:
-    """Row counts 16, 48, 112, 256, ... that add up to `num_rows`, the last one cut to fit."""
+    """Row counts 16, 48, 112, 256, ... that add up to `num_rows`.
+
+    The last one is cut to fit; a remnant of less than half a block joins the block before, since each is compiled.
+    """
     sizes: list[int] = []
     while (left := num_rows - sum(sizes)) > 0:
         following = sizes[-1] * _GROWTH if sizes else _SMALLEST_BLOCK
-        sizes.append(min(math.ceil(following / _SMALLEST_BLOCK) * _SMALLEST_BLOCK, left))
+        size = math.ceil(following / _SMALLEST_BLOCK) * _SMALLEST_BLOCK
+        if len(sizes) > 1 and left < size / 2:
+            sizes[-1] += left
+        else:
+            sizes.append(min(size, left))
     return sizes
 
 

@@ -75,9 +75,8 @@ class Probe(eqx.Module):
         polynomial, previous: p_j and p_(j-1) at both points.
         mass: Σ p_i² up to j, at both points.
         steps: j.
-        spent: products of all runs so far.
         beta: the off-diagonal coefficient between z_(j-1) and z_j.
-        overlap, last_overlap: Fᵀz_j and Fᵀz_(j-1), in the coordinates of all rows.
+        overlap: Fᵀz_j, in the coordinates of all rows.
         last: z_(j-1).
         suspect: Σ p_i z_i at the point of `side`.
     """
@@ -91,10 +90,8 @@ class Probe(eqx.Module):
     previous: Float[Array, " 2"]
     mass: Float[Array, " 2"]
     steps: Int[Array, ""]
-    spent: Int[Array, ""]
     beta: Scalar
     overlap: Float[Array, " rows"]
-    last_overlap: Float[Array, " rows"]
     last: PyTree
     suspect: PyTree
 
@@ -103,7 +100,7 @@ class Probe(eqx.Module):
         """No run under way, and nothing proved. `zero` is the zero vector."""
         scalar, two, row = jnp.zeros((), dtype), jnp.zeros(2, dtype), jnp.zeros(rows, dtype)
         no, none, integer = jnp.zeros((), bool), jnp.zeros(2, bool), jnp.zeros((), jnp.int32)
-        return cls(no, none, integer, two, none, two, two, two, integer, integer, scalar, row, row, zero, zero)
+        return cls(no, none, integer, two, none, two, two, two, integer, scalar, row, zero, zero)
 
     @property
     def alarm(self) -> Bool[Array, ""]:
@@ -135,7 +132,6 @@ class Probe(eqx.Module):
             steps=jnp.zeros((), jnp.int32),
             beta=jnp.zeros_like(self.beta),
             overlap=jnp.zeros_like(self.overlap),
-            last_overlap=jnp.zeros_like(self.overlap),
             last=jtu.tree_map(jnp.zeros_like, self.last),
             suspect=jtu.tree_map(jnp.zeros_like, self.suspect),
         )
@@ -145,6 +141,18 @@ class Probe(eqx.Module):
         distance = self.points[self.side] - ritz.values
         weights = jnp.where(ritz.live, _matmul(self.overlap, ritz.couplings) / _nonzero(distance), 0)
         return jnp.where(self.active, _matmul(ritz.couplings, weights), 0)
+
+    def recur(
+        self, z: PyTree, image: PyTree, lift: Float[Array, " rows"], when: Bool[Array, ""]
+    ) -> tuple[Scalar, PyTree]:
+        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1); zero and the image as it is unless `when` holds.
+
+        These terms go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as
+        rounding allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
+        """
+        alpha = jnp.where(when, inner(z, image) + _matmul(self.overlap, lift), 0)
+        beta = jnp.where(when, self.beta, 0)
+        return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - beta * y).astype(w.dtype), image, z, self.last)
 
     def advance(
         self,
@@ -160,11 +168,11 @@ class Probe(eqx.Module):
 
         Args:
             z: z_j.
-            image: S z_j less quotient · z_j.
-            overlap: Fᵀ S z_j less the same.
+            image: S z_j less quotient · z_j and β z_(j-1).
+            overlap: Fᵀ of the image.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
-            quotient: what has been taken out of the image already, as a multiple of z_j.
+            quotient: α up to rounding, from `recur`.
             eps: the rounding unit.
 
         Returns:
@@ -173,7 +181,7 @@ class Probe(eqx.Module):
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
         rest = inner(z, image)
         alpha = quotient + rest
-        image = jtu.tree_map(lambda w, x, y: (w - rest * x - self.beta * y).astype(w.dtype), image, z, self.last)
+        image = subtract(image, rest, z)
         beta = norm(image)
         # Below the rounding of this very subtraction the run has closed: its space holds no further eigenvalue that z
         # sees. The rounding of a product with A may be far larger, and so may an eigenvalue of S that hides in it.
@@ -185,7 +193,7 @@ class Probe(eqx.Module):
         beyond = self.beyond | ~(value > 0)
         alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
         weight = alternate * self.polynomial[self.side]
-        following = (overlap - rest * self.overlap - self.beta * self.last_overlap) / _nonzero(beta)
+        following = (overlap - rest * self.overlap) / _nonzero(beta)
         probe = dataclasses.replace(
             self,
             proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),
@@ -194,10 +202,8 @@ class Probe(eqx.Module):
             previous=self.polynomial,
             mass=mass,
             steps=self.steps + 1,
-            spent=self.spent + 1,
             beta=beta,
             overlap=following,
-            last_overlap=self.overlap,
             last=z,
             suspect=subtract(self.suspect, -weight, z),
         )

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-_SIZES = (56, 136)  # leading sizes that a projected problem is solved at; each is compiled
+_SIZES = (56, 136)  # leading sizes that a projected problem is solved at
+_WORTHWHILE = 1.5  # rows over such a size: each is compiled, and costs more than it saves where the whole is no larger
 
 
 class Ritz(eqx.Module):
@@ -65,7 +66,7 @@ def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: 
     seen to stop for ever on the CPU, and a batched branch would run every size.
     """
     rows = expanded.size
-    sizes = sorted({min(size, rows) for size in (*_SIZES, rows)})
+    sizes = [*(size for size in _SIZES if rows > _WORTHWHILE * size), rows]
 
     def solver(size: int) -> Callable[[], Ritz]:
         def solve() -> Ritz:

@@ -8,7 +8,9 @@ that was missing; then the row that carries most of the unconverged residuals go
 (nearly) every turn, so the iteration stops as soon as it may.
 
 *Probing.* Once the wanted pairs have settled, `_certificate` looks for an eigenvalue that was missed. What it finds
-joins the frontier, and the iteration expands again.
+joins the frontier, and the iteration expands again. A probe that grows long, because too little of the spectrum next to
+the wanted values is known, gives its last vector to the basis and lets the iteration *dig*: expand, settled or not, by
+half as many products as were spent so far and at least by a basis. The next probe has that much more deflated.
 
 When the basis is full, the better half of the spare Ritz vectors is kept, and the frontier with it (Wu and Simon,
 Thick-restart Lanczos, doi:10.1137/S0895479898334605).
@@ -18,6 +20,7 @@ Invariants at the head of the loop:
     `projected` holds qᵢᵀAqⱼ wherever i or j is expanded, and A q of an expanded q lies in the span of the rows;
     `vector` is the unit vector to multiply: row `target`, or the probe's z;
     `num_matvecs` products have been spent;
+    `digging` holds after a probe that grew too long, until `dig_until` products have been spent;
     `seeded` holds while the rows are the Krylov space of a random start that may certify the result.
 """
 
@@ -30,7 +33,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, inner, norm, scalar_dtype, select, subtract
+from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -103,6 +106,7 @@ class Iteration(eqx.Module):
             scale=jnp.zeros((), dtype),
             deviation=jnp.zeros(2, dtype),
             next_look=integer,
+            dig_until=integer,
             seeded=jnp.asarray(self.plan.k == 1 and self.plan.random_start) & (self.tol > 1000 * self.eps),
             restarts=integer,
             num_matvecs=jnp.asarray(spent, jnp.int32),
@@ -154,10 +158,7 @@ class Iteration(eqx.Module):
         nothing = jnp.zeros_like(state.probe.overlap)
         lift = lax.cond(image & state.probe.active, lambda: state.probe.lift(state.ritz), lambda: nothing)
         remove = jnp.where(probing, state.expanded, state.live)
-        # A probe's vector is orthogonal to the rows. Its own multiple goes first, so that what remains of the rows is
-        # small beside what remains of the image, whatever multiple of the identity A holds.
-        own = jnp.where(image & state.probe.active, inner(state.vector, turn.incoming), 0)
-        incoming = subtract(turn.incoming, own, state.vector)
+        own, incoming = state.probe.recur(state.vector, turn.incoming, lift, image & state.probe.active)
         coefficients, rest, left = turn.basis.orthogonalize(incoming, state.live, remove, lift)
         unit = divide(rest, left)
         state, row, incoming, phase = lax.cond(
@@ -210,7 +211,8 @@ class Iteration(eqx.Module):
         column = column.at[state.count].set(jnp.where(grows, left, 0))
         column = jnp.where(expanding, column, known)
         surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / _nonzero(scale), 0)
-        surprise = jnp.maximum(surprise - 8 * self.eps, 0)
+        # An inner product of n terms is summed in blocks of about √n: its rounding walks n^¼ steps at random.
+        surprise = jnp.maximum(surprise - max(8.0, self.op.size**0.25) * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
         expanded = dataclasses.replace(
             state,
@@ -230,7 +232,7 @@ class Iteration(eqx.Module):
 
         A single pair cannot lack another copy: the iteration's own random start certifies it, more cheaply.
         """
-        settled = looked & verdict.settled
+        settled = looked & verdict.settled & ~state.digging
         no = jnp.zeros((), bool)
         if self.plan.k > 1 or not self.plan.random_start:
             return settled, no
@@ -255,18 +257,19 @@ class Iteration(eqx.Module):
 
         Returns:
             The state; the direction to orthogonalize, random for a probe or for a space that has closed, the suspect
-            after an alarm; and the phase.
+            after an alarm, the probe's own vector where it has grown too long; and the phase.
         """
         needed = jnp.isfinite(verdict.thresholds)
         complete = (jnp.sum(state.expanded) >= self.op.size) | sufficient
         alarm = probing & probe.alarm
         proved = probing & ~alarm & jnp.all(probe.proved | ~needed)
-        tired = probing & ~alarm & ~proved & (3 * probe.spent > 200 + 2 * state.num_matvecs)
+        tired = probing & ~alarm & ~proved & (3 * probe.steps > 200 + 2 * state.num_matvecs)
+        kept = tired & ~self._full(state)
         begins = (settled & ~complete) | (probing & ~alarm & ~proved & ~tired & probe.proved[probe.side])
         starved = ~probing & ~settled & ~jnp.any(state.frontier)
-        ends = jnp.where(tired, EXHAUSTED, jnp.where((settled & complete) | proved, CERTIFIED, RUNNING))
+        ends = jnp.where((settled & complete) | proved, CERTIFIED, RUNNING)
 
-        suspect = probe.suspect
+        suspect, spent = probe.suspect, state.num_matvecs
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
         unwanted = state.ritz.live.at[verdict.wanted].set(False)
         fresh = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
@@ -275,6 +278,7 @@ class Iteration(eqx.Module):
             state,
             probe=probe,
             target=jnp.argmax(self._urgency(state, verdict)).astype(jnp.int32),
+            dig_until=jnp.where(tired, spent + jnp.maximum(spent // 2, self.plan.ncv), state.dig_until),
             status=jnp.maximum(state.status, ends),
         )
         source = lax.cond(
@@ -282,7 +286,7 @@ class Iteration(eqx.Module):
             lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
             lambda: select(alarm, suspect, z),
         )
-        more = (begins | starved | alarm) & (state.status != BROKEN)
+        more = (begins | starved | alarm | kept) & (state.status != BROKEN)
         return state, source, jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
 
     def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
@@ -290,16 +294,22 @@ class Iteration(eqx.Module):
 
         Always while the space is small, or the frontier is not a single row, since then the choice of the next row
         needs it; later at every 24th of the dimension, where an examination costs more than the products it saves.
+        While digging only when the basis is full or the space has closed, which ends that.
         """
-        m = jnp.sum(state.expanded)
-        single = jnp.sum(state.frontier) == 1
-        due = expanding & (m >= self.plan.k) & ((m >= state.next_look) | ~single | self._full(state))
+        m, frontier, full = jnp.sum(state.expanded), jnp.sum(state.frontier), self._full(state)
+        usual = (m >= state.next_look) | (frontier != 1) | full
+        due = expanding & (m >= self.plan.k) & jnp.where(state.digging, (frontier == 0) | full, usual)
         ritz = refresh(due, state.projected, state.expanded, state.frontier, state.ritz)
         scale = jnp.maximum(state.scale, jnp.max(jnp.abs(ritz.values)))
         following = jnp.where(due, m + jnp.maximum(1, m // 24), state.next_look)
         order = preference(ritz.values, ritz.live, self.plan.which)
         return dataclasses.replace(
-            state, ritz=ritz, order=order, scale=scale, next_look=following.astype(jnp.int32)
+            state,
+            ritz=ritz,
+            order=order,
+            scale=scale,
+            next_look=following.astype(jnp.int32),
+            dig_until=jnp.where(due & (frontier == 0), 0, state.dig_until),
         ), due
 
     def _after_direction(
@@ -329,9 +339,13 @@ class Iteration(eqx.Module):
         return (jnp.sum(state.expanded) >= self.plan.ncv) | (state.count >= state.expanded.size - 1)
 
     def _urgency(self, state: State, verdict: Verdict) -> Float[Array, " rows"]:
-        """How much of the unconverged wanted residuals lies in each frontier row; negative elsewhere."""
+        """How much of the unconverged wanted residuals lies in each frontier row; negative elsewhere.
+
+        While digging the newest row goes first: one long Krylov space says more than several short ones.
+        """
         couplings = jnp.where(verdict.unsettled, state.ritz.couplings[:, verdict.wanted], 0) / _nonzero(state.scale)
-        return jnp.where(state.frontier, jnp.sum(jnp.square(couplings), axis=1), -1)
+        weight = jnp.where(state.digging, jnp.arange(state.frontier.size), jnp.sum(jnp.square(couplings), axis=1))
+        return jnp.where(state.frontier, weight, -1)
 
     def _restart(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Compresses a full basis to the better Ritz vectors and the frontier, or gives up after `maxiter`."""

@@ -13,8 +13,8 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._function import as_integer
-from hessjax._vectors import as_vector, divide, epsilon, norm, scalar_dtype, subtract
-from hessjax.operators._operator import Operator, as_operator
+from hessjax._vectors import as_vector, divide, epsilon, inner, norm, scalar_dtype, subtract
+from hessjax.operators._operator import Operator, as_operator, multiply
 
 
 class Solution(eqx.Module):
@@ -24,11 +24,15 @@ class Solution(eqx.Module):
         value: x, with the operator's structure.
         residual: ‖b - (A + δI) x‖, absolute, from a product of its own.
         converged: whether the residual is at most tol · ‖b‖. Never true where a number is not finite.
+        curvature: the Rayleigh quotient xᵀ(A + δI)x / xᵀx, zero for x = 0. A negative one proves that A + δI is not
+            positive definite: then x, converged or not, solves no least-squares problem and is no descent direction. A
+            positive one proves nothing.
     """
 
     value: PyTree[Array]
     residual: Float[Array, ""]
     converged: Bool[Array, ""]
+    curvature: Float[Array, ""]
 
 
 def solve(
@@ -44,9 +48,9 @@ def solve(
 
     The iteration is `jax.scipy.sparse.linalg.cg`; what this adds is the check of the result. It needs A + δI positive
     definite: a Gauss-Newton or Fisher matrix with δ > 0, or a Hessian damped beyond its most negative eigenvalue (see
-    `hj.eigsh` with `which="SA"`). On an indefinite matrix it may break down, which the residual tells. The error of x
-    is at most residual / (λ_min + δ). Works inside `jit`, `vmap` and `scan`, and derivatives are those of the exact
-    solution, in forward and reverse mode.
+    `hj.eigsh` with `which="SA"`). On an indefinite matrix it may break down, which the residual tells, or end at the
+    solution all the same, where the curvature may tell. The error of x is at most residual / min |λ + δ|. Works inside
+    `jit`, `vmap` and `scan`, and derivatives are those of the exact solution, in forward and reverse mode.
 
     Args:
         op: symmetric A.
@@ -96,9 +100,27 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 
 @eqx.filter_jit
 def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
-    # Of length one, so that squares neither overflow nor vanish; and CG's own residual drifts from the true one.
-    size = norm(b)
-    value, _ = cg(op.product, divide(b, size), tol=tol / 2, maxiter=maxiter)  # pyright: ignore[reportArgumentType] a traced `tol` is fine
-    value = jtu.tree_map(lambda x: (size * x).astype(x.dtype), value)
-    residual = norm(subtract(b, jnp.ones((), size.dtype), op.product(value)))
-    return Solution(value, residual, residual <= tol * size)
+    # Of length one, so that squares neither overflow nor vanish; x is linear in b, and the length has no derivative.
+    size = jax.lax.stop_gradient(norm(b))
+    unit = jnp.where(size > 0, size, 1)
+    structure = op.structure
+
+    # CG's vectors are in one dtype, that of its scalars; the products are in the leaves' own.
+    def matvec(vector: PyTree) -> PyTree:
+        return _as(size.dtype, multiply(op, jtu.tree_map(lambda x, spec: x.astype(spec.dtype), vector, structure)))
+
+    value, _ = cg(
+        matvec,
+        jtu.tree_map(lambda x: x / unit, _as(size.dtype, b)),
+        tol=tol / 2,  # pyright: ignore[reportArgumentType] a traced one is fine
+        maxiter=maxiter,
+    )
+    value = jtu.tree_map(lambda x, spec: (unit * x).astype(spec.dtype), value, structure)
+    # CG's own residual drifts from the true one.
+    image, length = multiply(op, value), norm(value)
+    residual = norm(subtract(b, jnp.ones((), size.dtype), image))
+    return Solution(value, residual, residual <= tol * size, inner(divide(value, length), divide(image, length)))
+
+
+def _as(dtype: Any, vector: PyTree) -> PyTree:
+    return jtu.tree_map(lambda x: x.astype(dtype), vector)

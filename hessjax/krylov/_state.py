@@ -49,10 +49,15 @@ class State(eqx.Module):
     scale: Scalar
     deviation: Float[Array, " 2"]
     next_look: Int[Array, ""]
+    dig_until: Int[Array, ""]
     seeded: Bool[Array, ""]
     restarts: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     status: Int[Array, ""]
+
+    @property
+    def digging(self) -> Bool[Array, ""]:
+        return self.num_matvecs < self.dig_until
 
     @property
     def live(self) -> Bool[Array, " rows"]:

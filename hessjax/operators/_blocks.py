@@ -70,6 +70,9 @@ def per_block(op: Operator | Any, group: Callable[[str], Any] | None = None) -> 
         {"['dense']": 9, "['scale']": 1}
         >>> list(hj.per_block(A, lambda path: "matrices" if "w" in path else "rest"))
         ['rest', 'matrices']
+        >>> flat = {"0.weight": jnp.ones((2, 3)), "0.bias": jnp.ones(2), "2.weight": jnp.ones((1, 2))}   # as from torch
+        >>> list(hj.per_block(hj.operator(lambda v: v, flat), lambda path: path.strip("[']").rpartition(".")[0]))
+        ['0', '2']
     """
     op = as_operator(op, None)
     return {name: Block(op, selected) for name, selected in _blocks(op.structure, group).items()}
@@ -84,10 +87,12 @@ def map_blocks(
     """Runs an algorithm on every block of `hj.per_block`, compiled once for all blocks of equal shapes.
 
     Blocks whose leaves have the same shapes and dtypes run one after another in one loop, which chooses the block at
-    run time: twelve equal layers of a transformer cost the compilation of one.
+    run time: twelve equal layers of a transformer cost the compilation of one. A second call with the same function
+    and new parameters of the same shapes compiles nothing.
 
     Args:
-        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`.
+        function: `function(block, key)`, a pytree of arrays: `lambda block, key: hj.eigsh(block, 3, key)`. It runs
+            under `jax.jit`, as a static argument: define it once, outside the training loop.
         op: symmetric A.
         key: split into one key per block.
         group: as `hj.per_block` takes it.
@@ -171,6 +176,7 @@ class FamilyBlock(Operator):
         return [[place for place, flag in enumerate(selected) if flag] for selected in self.family]
 
 
+@eqx.filter_jit
 def _run(
     function: Callable[[Operator, PRNGKeyArray], PyTree],
     op: Operator,

@@ -61,12 +61,24 @@ class Linearized(NamedTuple):
 
 
 def linearize(forward: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree, batched: bool) -> Linearized:
-    """J and Jᵀ at θ from one trace of `forward`: the transpose is that of the linearized program."""
-    outputs, push, constants = jax.linearize(
+    """Jᵀ and J at θ from one trace of `forward`."""
+    outputs, pull, constants = jax.vjp(
         lambda params: real_outputs(forward, params, inputs, batched), params, has_aux=True
     )
-    transposed = jax.linear_transpose(push, params)
-    return Linearized(outputs, constants, push, lambda cotangent: transposed(cotangent)[0])
+    push, pull = both_ways(pull, outputs)
+    return Linearized(outputs, constants, push, pull)
+
+
+def both_ways(
+    pull: Callable[[PyTree], tuple[PyTree]], outputs: PyTree
+) -> tuple[Callable[[PyTree], PyTree], Callable[[PyTree], PyTree]]:
+    """J and Jᵀ, from Jᵀ as `jax.vjp` returns it.
+
+    J is the transpose of Jᵀ, and not the other way round, so that a `jax.custom_vjp`, which has no forward derivative,
+    may be part of the model. The compiled products are the same.
+    """
+    transposed = jax.linear_transpose(lambda cotangent: pull(cotangent)[0], outputs)
+    return lambda tangent: transposed(tangent)[0], lambda cotangent: pull(cotangent)[0]
 
 
 def as_arguments(params: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTree, Data]:
@@ -90,7 +102,7 @@ def as_arguments(params: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTre
         return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
     data = jtu.tree_map_with_path(convert, (inputs, targets))
-    count_examples(data)
+    count_examples(dict(zip(("inputs", "targets"), data, strict=True)))
     return params, data
 
 

@@ -107,8 +107,12 @@ class ScoreCovariance(eqx.Module):
 
 
 def _categorical_covariance(logits: Float[Array, "*axes c"], tangent: Float[Array, "*axes c"]) -> Array:
-    p = jax.nn.softmax(logits)
-    return p * (tangent - jnp.sum(p * tangent, axis=-1, keepdims=True))
+    # The second derivative of log Σ exp, by JAX. Written out as p (u - pᵀu), XLA's CPU compiler takes the exponentials
+    # again for every entry: a product with a small perceptron's matrix then costs a fifth more.
+    def log_partition(logits: Array) -> Array:
+        return jnp.sum(jax.nn.logsumexp(logits, axis=-1))
+
+    return jax.jvp(jax.grad(log_partition), (logits,), (tangent,))[1]
 
 
 def _categorical_score(key: PRNGKeyArray, logits: Float[Array, "*axes c"]) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from hessjax._function import Function, as_function
 from hessjax._vectors import scalar_dtype, subtract
-from hessjax.operators._examples import Data, as_arguments, as_batch_size, hoisted, outputs_of
+from hessjax.operators._examples import Data, as_arguments, as_batch_size, both_ways, hoisted, outputs_of
 from hessjax.operators._hessian import as_scalar, mean_over_slices
 from hessjax.operators._operator import Operator
 
@@ -151,9 +151,9 @@ class SecondMoment(Operator):
             outputs = outputs_of(self.forward, params, data[0], batched=False)
             return jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))(outputs, data[1])
 
-        at, push = jax.linearize(losses, self.params)
-        pull = jax.linear_transpose(push, self.params)
-        return push(vector), lambda weights: pull((weights / len(at)).astype(at.dtype))[0]
+        at, pull = jax.vjp(losses, self.params)
+        push, pull = both_ways(pull, at)
+        return push(vector), lambda weights: pull((weights / len(at)).astype(at.dtype))
 
 
 def _centre(x: Float[Array, " examples"]) -> Float[Array, " examples"]:

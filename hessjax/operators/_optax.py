@@ -29,13 +29,17 @@ def adam_preconditioner(
     """The diagonal D by which an adaptive optimizer divided its last update, from the optax state after that update.
 
     - Adam (`adam`, `adamw`, `scale_by_adam`; `amsgrad` with its running maximum for ν̂):
-      D = (1 - b1ᵗ) (√(ν / (1 - b2ᵗ) + eps_root) + eps), so that the update is -lr · μ / D with the state's own μ.
+      D = (1 - b1ᵗ) (√(ν / (1 - b2ᵗ) + eps_root) + eps), so that the update is -lr · μ / D with the state's own μ,
+      before any weight decay. Nesterov's form (`nadam`) has the same D, with
+      b1 μ (1 - b1ᵗ) / (1 - b1ᵗ⁺¹) + (1 - b1) g for μ.
     - RMSProp (`rmsprop`, `scale_by_rms`, centred or not): D = √(ν + eps), or √ν + eps with `eps_in_sqrt=False`; b2 is
       optax's `decay`, for the bias correction where it is on.
     - Adagrad (`adagrad`, `scale_by_rss`): D = √(Σ g² + eps), infinite where no gradient came yet.
 
     The state is found inside `chain`, `named_chain`, `masked`, `multi_transform`, `MultiSteps` and the like. Whatever
-    optax does after the division (learning rate, momentum, trust ratio) has no part in D.
+    optax does after the division (learning rate, momentum, trust ratio) has no part in D. Other optimizers' states are
+    refused by name. But some keep Adam's state and cannot be told from it: D is right for `yogi` with `eps=1e-3`, right
+    up to one scalar factor for `radam`, and wrong for `adamax` and `adopt`.
 
     Args:
         opt_state: the state after at least one update; D is not finite before.
@@ -52,7 +56,8 @@ def adam_preconditioner(
         A pytree shaped as the parameters, for `hj.precondition`.
 
     Raises:
-        ValueError: `opt_state` holds no such state, or two for one parameter, or none for some parameter and `like` is
+        ValueError: `opt_state` holds no such state, or that of an optimizer which scales in another way (Lion,
+            Adafactor, AdaBelief, Muon and others), or two for one parameter, or none for some parameter and `like` is
             not given.
 
     Example:
@@ -69,9 +74,10 @@ def adam_preconditioner(
     given = {name: value for name, value in given.items() if value is not None}
     parts = [rule(state, {**injected, **given}, eps_in_sqrt) for state, rule, injected in _search(opt_state, {})]
     if not parts:
+        kinds = ", ".join(_kinds(opt_state)) or type(opt_state).__name__
         raise ValueError(
-            f"`opt_state` must hold one of {', '.join(_RULES)}, got {type(opt_state).__name__} without any. Pass the "
-            "state that `optimizer.init` or `optimizer.update` returned."
+            f"`opt_state` must hold one of {', '.join(_RULES)}, got {kinds}. Pass the state that `optimizer.init` or "
+            "`optimizer.update` returned."
         )
     return _complete(functools.reduce(_merge, parts), like)
 
@@ -82,13 +88,24 @@ Rule = Callable[[Any, Hyperparameters, bool], PyTree]
 
 def _search(state: Any, injected: Hyperparameters) -> list[tuple[Any, Rule, Hyperparameters]]:
     """Every adaptive state, with the rule that reads it and the hyperparameters injected around it."""
-    rule = _RULES.get(type(state).__name__)
-    if rule is not None:
-        return [(state, rule, injected)]
+    kind = type(state).__name__
+    if kind in _UNREAD:
+        raise ValueError(
+            f"`opt_state` holds {kind}, which scales the gradient in another way than the states that are read here: "
+            f"{', '.join(_RULES)}. Of a partition, pass the part that belongs to one of these, and `like=params`."
+        )
+    if kind in _RULES:
+        return [(state, _RULES[kind], injected)]
     hyperparams = getattr(state, "hyperparams", None)
     if isinstance(hyperparams, Mapping):
         injected = {**injected, **hyperparams}
     return [hit for child in _children(state) for hit in _search(child, injected)]
+
+
+def _kinds(state: Any) -> list[str]:
+    """The classes of the optax states in a state, each once."""
+    own = [type(state).__name__] if hasattr(state, "_fields") else []
+    return list(dict.fromkeys(own + [kind for child in _children(state) for kind in _kinds(child)]))
 
 
 def _children(node: Any) -> list[Any]:
@@ -108,16 +125,17 @@ def _warmth(decay: Any, count: Any) -> Array:
 
 def _adam(state: Any, given: Hyperparameters, _: bool) -> PyTree:
     corrected = _corrected(state.nu, given.get("b2", 0.999), state.count)
-    return _with_momentum(state, corrected, given, eps=1e-8)
+    return _with_momentum(state, corrected, given)
 
 
 def _amsgrad(state: Any, given: Hyperparameters, _: bool) -> PyTree:
-    return _with_momentum(state, state.nu_max, given, eps=1e-8)
+    return _with_momentum(state, state.nu_max, given)
 
 
-def _with_momentum(state: Any, nu: PyTree, given: Hyperparameters, eps: float) -> PyTree:
+def _with_momentum(state: Any, nu: PyTree, given: Hyperparameters) -> PyTree:
+    """(1 - b1ᵗ) (√(ν̂ + eps_root) + eps): the moment's own bias correction divides as well."""
     warmth = _warmth(given.get("b1", 0.9), state.count)
-    eps, root = given.get("eps", eps), given.get("eps_root", 0.0)
+    eps, root = given.get("eps", 1e-8), given.get("eps_root", 0.0)
     return jtu.tree_map(lambda x: warmth.astype(x.dtype) * (jnp.sqrt(x + root) + eps).astype(x.dtype), nu)
 
 
@@ -146,6 +164,21 @@ _RULES: dict[str, Rule] = {
     "ScaleByRStdDevState": _rms,
     "ScaleByRStdDevWithCountState": _rms,
     "ScaleByRssState": _adagrad,
+}
+_UNREAD = {
+    "FactoredState",
+    "GaLoreState",
+    "MuonState",
+    "ScaleByAdaDeltaState",
+    "ScaleByAdanState",
+    "ScaleByAdemamixState",
+    "ScaleByBeliefState",
+    "ScaleByLBFGSState",
+    "ScaleByLionState",
+    "ScaleByNovogradState",
+    "ScaleByRpropState",
+    "ScaleBySM3State",
+    "SophiaState",
 }
 
 

@@ -23,22 +23,25 @@ def output_hessian(loss: Function, output: PyTree, constants: PyTree, target: Py
 def root_of(matrix: Float[Array, "c c"]) -> Float[Array, "c c"]:
     """R with R Rᵀ = A for a positive semi-definite A, of any rank.
 
-    Cholesky's factorization with the largest remaining diagonal entry as the pivot, one rank-one update at a time: it
-    ends by itself at A's rank, and calls no LAPACK, so that it runs in any loop. Directions of negative curvature,
-    which a convex loss has not, are dropped. Costs c³ operations.
+    Cholesky's factorization with a large remaining diagonal entry as the pivot, one rank-one update at a time: it ends
+    by itself at A's rank, and calls no LAPACK, so that it runs in any loop. Directions of negative curvature, which a
+    convex loss has not, are dropped. Costs c³ operations.
     """
     size = matrix.shape[0]
     dtype = matrix.dtype
-    floor = size * jnp.finfo(dtype).eps * jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0)
+    floor = 4 * size * jnp.finfo(dtype).eps * jnp.max(jnp.abs(jnp.diagonal(matrix)), initial=0)
 
     def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
         rest, left = carry
         diagonal = jnp.where(left, jnp.diagonal(rest), -jnp.inf)
-        at = jnp.argmax(diagonal)
-        positive = diagonal[at] > floor
-        column = rest[:, at] / jnp.sqrt(jnp.where(positive, diagonal[at], 1))
+        # The first that is large enough, not the largest: equal entries, which a softmax always ends with, would be
+        # told apart by rounding, and another program would find another root. The factor is no likely ratio.
+        at = jnp.arange(size) == jnp.argmax(diagonal >= 0.618 * jnp.max(diagonal))
+        pivot = jnp.sum(jnp.where(at, diagonal, 0))
+        positive = pivot > floor
+        column = jnp.sum(jnp.where(at, rest, 0), axis=1) / jnp.sqrt(jnp.where(positive, pivot, 1))
         column = jnp.where(positive & left, column, 0)
-        return (rest - jnp.outer(column, column), left.at[at].set(False)), column
+        return (rest - jnp.outer(column, column), left & ~at), column
 
     _, columns = jax.lax.scan(step, ((matrix + matrix.T) / 2, jnp.ones(size, bool)), None, length=size)
     return columns.T

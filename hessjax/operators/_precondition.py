@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from hessjax._vectors import as_vector
@@ -18,14 +20,15 @@ def precondition(op: Operator | Any, scale: PyTree) -> Operator:
 
     Args:
         op: symmetric A; a plain function acts on pytrees shaped as `scale`.
-        scale: D, a pytree of positive numbers shaped as A's vectors, such as `hj.adam_preconditioner` returns. Not
-            checked: the product is not finite where an entry is zero or negative.
+        scale: D, a pytree of positive numbers shaped as A's vectors, such as `hj.adam_preconditioner` returns. Infinite
+            entries are taken: D^-1/2 is zero there.
 
     Returns:
         An operator on the same vectors, at the cost of one product with A.
 
     Raises:
-        ValueError: the tree or a shape differs from A's.
+        ValueError: the tree or a shape differs from A's, or an entry of a D that is not being traced is not positive.
+            A traced one's entries are not known: the product is then not finite, and `hj.eigsh` does not converge.
         TypeError: `op` is not an operator.
 
     Example:
@@ -36,7 +39,32 @@ def precondition(op: Operator | Any, scale: PyTree) -> Operator:
     """
     op = as_operator(op, scale)
     scale = as_vector(scale, op.structure, "scale")
-    return Preconditioned(op, jtu.tree_map(lambda d: 1 / jnp.sqrt(d), scale))
+    jtu.tree_map_with_path(_check_positive, scale)
+    return Preconditioned(op, _inverse_roots(scale))
+
+
+def _check_positive(path: tuple[Any, ...], d: Array) -> None:
+    if isinstance(d, Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # also while the product that D is for is being traced
+        if _is_positive(d):
+            return
+        least = jax.device_get(jnp.min(d))
+    raise ValueError(
+        f"`scale` must be positive, got {least} at `{jtu.keystr(path) or 'the root'}`. An optax state has no D before "
+        "its first update."
+    )
+
+
+# Compiled, so that their constants travel with the program and pass any transfer guard.
+@jax.jit
+def _inverse_roots(scale: PyTree[Array]) -> PyTree[Array]:
+    return jtu.tree_map(lambda d: 1 / jnp.sqrt(d), scale)
+
+
+@jax.jit
+def _is_positive(d: Array) -> Array:
+    return jnp.all(d > 0)
 
 
 class Preconditioned(Operator):

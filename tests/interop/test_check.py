@@ -5,8 +5,6 @@ import pytest
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def layer_norm(x, stop):
     mean = x.mean()

@@ -7,8 +7,6 @@ import pytest
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0)).reshape(6, 4)
 Y = np.arange(6) % 3
@@ -33,6 +31,7 @@ class Net(eqx.Module):
         return self.last(hidden)[self.order]
 
 
+@pytest.mark.slow
 def test_the_hessian_is_that_of_the_module(x64, key):
     net = Net(key)
     model = hj.from_equinox(net, (X, Y), cross_entropy, trainable=lambda leaf: not isinstance(leaf, np.ndarray))
@@ -50,6 +49,7 @@ def test_the_hessian_is_that_of_the_module(x64, key):
     assert [d.quantity for d in model.parity.differences] == ["outputs", "loss", "gradient"]
 
 
+@pytest.mark.slow
 def test_all_floating_point_arrays_are_parameters_unless_told(key):
     model = hj.from_equinox(Net(key), (X, Y), cross_entropy, verify="output")
     assert model.params.table.shape == (5,)

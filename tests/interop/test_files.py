@@ -54,6 +54,19 @@ def test_msgpack_is_that_of_flax(tmp_path):
     assert_same_bits(hj.load_params(path), tree)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # orbax's own
+def test_orbax_directories_keep_every_bit(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    tree = TREE | {"half": np.arange(5).astype(jnp.bfloat16), "count": np.arange(3) + 2**40}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "net", tree)
+    assert_same_bits(hj.load_params(tmp_path / "net"), tree)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty.*orbax"):
+        hj.load_params(tmp_path / "empty")
+
+
 def test_safetensors_is_the_public_format(tmp_path):
     public = pytest.importorskip("safetensors.numpy")
     path = tmp_path / "net.safetensors"

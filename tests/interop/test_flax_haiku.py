@@ -7,8 +7,6 @@ import pytest
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0, dtype=np.float64)).reshape(6, 4)
 Y = np.arange(6) % 3
@@ -33,6 +31,7 @@ def linen_net():
     return Net()
 
 
+@pytest.mark.slow
 def test_linen_hessian_is_that_of_the_module(x64, key):
     net = linen_net()
     variables = net.init(key, X, train=False)
@@ -54,6 +53,7 @@ def test_linen_in_train_mode_says_which_flag(key):
         hj.from_flax({}, (X, Y), cross_entropy)
 
 
+@pytest.mark.slow
 def test_nnx_hessian_is_that_of_the_module_at_rest(x64):
     nnx = pytest.importorskip("flax.nnx")
 
@@ -78,6 +78,7 @@ def test_nnx_hessian_is_that_of_the_module_at_rest(x64):
     np.testing.assert_allclose(model.hessian().dense(), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_haiku_with_state(x64, key):
     hk = pytest.importorskip("haiku")
 

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0, dtype=np.float32)).reshape(6, 4)
 Y = np.arange(6) % 3
+FIXTURES = Path(__file__).parent / "fixtures"  # made under TensorFlow by `make_tensorflow.py` there
 
 
 @pytest.fixture
@@ -60,11 +62,30 @@ def test_the_hessian_is_that_of_the_loaded_model(keras, tmp_path):
         np.testing.assert_allclose(ours[name], theirs, atol=1e-5)
 
 
+FULL = [pytest.param(name, marks=pytest.mark.slow) for name in ("convolutional", "recurrent")]
+
+
+@pytest.mark.parametrize("name", ["mlp", "normalized", *FULL])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Keras's, about the optimizer's state
+def test_what_tensorflow_trained_is_the_same_under_jax(keras, name):
+    said = np.load(FIXTURES / f"{name}.npz")
+    model = hj.from_keras(FIXTURES / f"{name}.keras", (said["x"], said["y"]), cross_entropy)
+    names = names_of(model)
+
+    def named(quantity):
+        return {key: said[f"{quantity}{n}"] for n, key in enumerate(names)}
+
+    model.verify(outputs=said["outputs"], loss=said["loss"], gradient=named("gradient"), rtol=1e-5)
+    vector = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), named("vector"))
+    ours, theirs = model.hessian()(vector), named("product")
+    scale = max(np.max(np.abs(part)) for part in theirs.values())
+    for key in names:
+        np.testing.assert_allclose(ours[key], theirs[key], rtol=0, atol=1e-5 * scale, err_msg=key)
+
+
 def names_of(model):
     """The parameters' names in Keras's order."""
-    return model.forward.treedef.unflatten(
-        [b if a is None else a for a, b in zip(model.forward.arrays, model.forward.rest, strict=True)]
-    ).names
+    return model.forward.inner.names
 
 
 def test_what_is_no_keras_model_is_named(keras):

@@ -8,8 +8,6 @@ from cases import Matrix
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def test_lineax_sees_the_same_matrix(rng, x64):
     matrix = rng.standard_normal((6, 6))

@@ -6,8 +6,6 @@ import pytest
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
@@ -105,7 +103,7 @@ def float64(x64):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "tied" else pytest.mark.slow) for n in CASES])
 def test_outputs_gradient_and_products_are_those_of_torch(float64, name):
     make, inputs = CASES[name]
     module, x = make(), inputs()
@@ -157,6 +155,29 @@ def test_nothing_of_the_users_is_changed():
     np.testing.assert_array_equal(model.params["0.weight"], before["0.weight"].numpy())  # a copy, no view
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_callers_need_not_switch_derivatives_on(switched_off):
+    module, data = small()
+    with switched_off():
+        model = hj.from_torch(module, data, nn.CrossEntropyLoss())
+        op = hj.torch_operator(F.cross_entropy, module, [data])
+    ones = jax.tree.map(jnp.ones_like, model.params)
+    with switched_off():
+        theirs = op(ones)
+    for name, leaf in model.hessian()(ones).items():
+        np.testing.assert_allclose(leaf, theirs[name], atol=1e-6)
+
+
+def test_a_check_draws_no_random_number_of_the_users():
+    module, (x, y) = small()
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="random"):
+        hj.check_hvp(lambda m: F.cross_entropy(m(x), y), module.train())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
 def test_a_float32_port_is_proven_in_float64():
     module, data = small()
     model = hj.from_torch(module, data, cross_entropy)
@@ -166,6 +187,7 @@ def test_a_float32_port_is_proven_in_float64():
     np.testing.assert_allclose(model.outputs(), module.eval()(data[0]).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_forward_by_hand_is_compared_too():
     module, data = small()
 
@@ -219,6 +241,12 @@ def plain(self, x):
 ROUNDED = nn.Parameter(torch.arange(3), requires_grad=False)
 BY_BATCH = nn.BatchNorm1d(3, track_running_stats=False)
 REFUSED = {
+    "batch statistics by hand": (
+        lambda: layer(lambda self, x: F.batch_norm(x, None, None, training=True)),
+        "depends on the others in the batch",
+    ),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"`0\.weight` has no values yet"),
+    "script": (lambda: torch.jit.script(nn.Linear(4, 3)), "TorchScript"),
     "branch": (lambda: layer(lambda self, x: x if x.sum() > 0 else -x), r"layer `1`(.|\n)*torch\.where"),
     "custom derivative": (lambda: layer(lambda self, x: Straight.apply(x)), r"`Straight` in layer `1`"),
     "write to a buffer": (lambda: layer(with_counter), r"in place to the buffer `1\.calls`"),
@@ -233,15 +261,28 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+QUICK = {
+    "integer parameter",
+    "elsewhere",
+    "nothing to train",
+    "lazy",
+    "batch statistics",
+    "custom derivative",
+    "branch",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in REFUSED])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_what_does_not_convert_is_named(name):
     make, match = REFUSED[name]
     with pytest.raises((NotImplementedError, TypeError, ValueError), match=match):
         hj.from_torch(make(), small()[1], cross_entropy)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_torch_switches_off_is_missed():
-    with pytest.raises(ValueError, match=r"(?s)outputs: \d.*e-0[78].*gradient: [^0].*no_grad"):
+    with pytest.raises(ValueError, match=r"(?s)gradient: [^0].*`torch\.no_grad` in layer `1`.*torch_operator"):
         hj.from_torch(layer(without_gradient), small()[1], cross_entropy)
 
 
@@ -261,18 +302,21 @@ def test_bad_data_is_named():
         hj.from_torch(module, (x, y), cross_entropy, backend="torchax")
 
 
+@pytest.mark.slow
 def test_a_sum_for_a_mean_is_found():
     module, data = small()
     with pytest.raises(ValueError, match=r"(?s)disagrees.*loss: 8.*a sum for a mean"):
         hj.from_torch(module, data, nn.CrossEntropyLoss(reduction="sum"))
 
 
+@pytest.mark.slow
 def test_a_rule_of_the_users_own_is_used():
     module, data = layer(lambda self, x: torch.special.i0e(x)), small()[1]
     model = hj.from_torch(module, data, cross_entropy, rules={"aten.special_i0e": jax.scipy.special.i0e})
     assert model.parity.differences[2].relative < 1e-8
 
 
+@pytest.mark.slow
 def test_a_module_of_one_batch_size_is_mapped_over_examples():
     module, data = layer(lambda self, x: torch.cat([self.linear(part) for part in x.split(1)])), small()[1]
     model = hj.from_torch(module, data, cross_entropy)  # a loop over the batch is unrolled to its length
@@ -280,6 +324,7 @@ def test_a_module_of_one_batch_size_is_mapped_over_examples():
     np.testing.assert_allclose(model.outputs(), module(data[0]).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_torchs_wrong_second_derivative_is_found(float64):
     module = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
     x = torch.randn(6, 4)
@@ -294,6 +339,7 @@ def test_torchs_wrong_second_derivative_is_found(float64):
     )
 
 
+@pytest.mark.slow
 def test_torch_operator_iterates_under_jit():
     module, (x, y) = small()
     op = hj.torch_operator(F.cross_entropy, module, [(x[:4], y[:4]), (x[4:], y[4:])])

@@ -39,9 +39,9 @@ def test_narrow_basis_saves_memory():
 def test_limit_sets_the_krylov_dimension(key):
     structure, op = jax.ShapeDtypeStruct((N,), jnp.float32), Diagonal(jnp.linspace(0.0, 1.0, N))
     limit = hj.memory_estimate(op, 6, 50)
-    assert default_ncv(structure, 6, limit) == 50
-    assert default_ncv(structure, 6, limit - 1) == 49
-    assert default_ncv(structure, 6, 10**12) == 6 + 256
+    assert default_ncv(structure, 6, "LA", limit) == 50
+    assert default_ncv(structure, 6, "LA", limit - 1) == 49
+    assert default_ncv(structure, 6, "SA", 10**12) == 6 + 256
     pairs = hj.eigsh(op, 6, key, which="LA", tol=1e-2, memory_limit=limit)
     assert pairs.eigenvalues.shape == (6,)
     with pytest.raises(ValueError, match=r"`memory_limit` = 1,000 bytes.*20"):
@@ -50,9 +50,17 @@ def test_limit_sets_the_krylov_dimension(key):
 
 def test_default_dimension_is_never_below_scipys():
     structure = jax.ShapeDtypeStruct((10**13,), jnp.float32)  # no machine holds one vector
-    assert default_ncv(structure, 3) == 20
-    assert default_ncv(structure, 40) == 81
-    assert default_ncv(jax.ShapeDtypeStruct((30,), jnp.float32), 25) == 30
+    assert default_ncv(structure, 3, "LA") == 20
+    assert default_ncv(structure, 40, "SA") == 81
+    assert default_ncv(jax.ShapeDtypeStruct((30,), jnp.float32), 25, "BE") == 30
+
+
+def test_large_vectors_get_few_rows_where_outliers_are_wanted():
+    structure = jax.ShapeDtypeStruct((85_002,), jnp.float32)
+    assert default_ncv(structure, 6, "SA", 10**12) == 6 + 256
+    assert default_ncv(structure, 6, "LA", 10**12) == default_ncv(structure, 6, "LM", 10**12) == 6 + 64
+    free = default_ncv(jax.ShapeDtypeStruct((30_000,), jnp.float32), 6, "LA", 10**12)
+    assert free * 30_000 * 4 <= 2**24 < (free + 1) * 30_000 * 4
 
 
 @pytest.mark.parametrize(

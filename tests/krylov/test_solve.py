@@ -7,8 +7,6 @@ from models import dense, mixture, problem
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def test_inverse_product_of_a_damped_gauss_newton_matrix(x64):
     forward, params, inputs, targets = problem("mlp", "softmax")
@@ -51,11 +49,23 @@ def test_breakdown_and_impossible_tolerances_are_told():
     assert bool(floor.converged) == (np.linalg.norm(true) <= 1e-9 * 50**0.5)
 
 
+def test_a_solution_that_an_indefinite_matrix_has_is_told_from_a_minimum(rng, x64):
+    values = jnp.asarray([*rng.uniform(1, 2, 20), -0.01])
+    found = hj.solve(Diagonal(values), jnp.ones(21), tol=1e-8)
+    true = values * found.value - 1
+    assert bool(found.converged) == (np.linalg.norm(true) <= 1e-8 * 21**0.5)
+    x = np.asarray(found.value)
+    np.testing.assert_allclose(found.curvature, x @ (values * x) / (x @ x), rtol=1e-10)
+    assert found.curvature < 0
+    assert hj.solve(Diagonal(values), jnp.ones(21), damping=0.02).curvature > 0
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_scale_of_the_right_hand_side_does_not_matter(scale):
     found = hj.solve(Diagonal(jnp.array([1.0, 2.0, 5.0])), jnp.full(3, scale), tol=1e-5)
     np.testing.assert_allclose(found.value, scale / np.array([1.0, 2.0, 5.0]), rtol=1e-5)
     assert found.converged
+    assert 1 < found.curvature < 5
 
 
 def test_zero_has_the_solution_zero():
@@ -74,6 +84,22 @@ def test_derivatives_are_those_of_the_solution(rng, x64):
         jax.grad(ours, (0, 1, 2))(matrix, b, 0.3), jax.grad(exact, (0, 1, 2))(matrix, b, 0.3), strict=True
     ):
         np.testing.assert_allclose(found, truth, rtol=1e-8)
+
+
+def test_a_zero_right_hand_side_has_the_inverse_as_its_derivative(x64):
+    inverse = jax.jacrev(lambda b: hj.solve(Diagonal(jnp.array([1.0, 4.0])), b).value)(jnp.zeros(2))
+    np.testing.assert_allclose(inverse, np.diag([1, 0.25]), rtol=1e-12)
+
+
+def test_leaves_may_differ_in_their_dtypes(x64):
+    b = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2, jnp.float32), "c": jnp.arange(1.0, 3.0)}
+    scale = {"a": 2.0, "b": 4.0, "c": 5.0}
+    op = hj.operator(lambda v: jax.tree.map(lambda s, x: (s * x).astype(x.dtype), scale, v), b)
+    found = hj.solve(op, b, damping=1.0, tol=5e-3)
+    assert jax.tree.map(lambda leaf: leaf.dtype, found.value) == jax.tree.map(lambda leaf: leaf.dtype, b)
+    for name, leaf in found.value.items():
+        np.testing.assert_allclose(np.asarray(leaf, float), np.asarray(b[name], float) / (1 + scale[name]), rtol=2e-2)
+    assert found.converged
 
 
 def test_runs_inside_one_jit_and_under_vmap(rng, x64):

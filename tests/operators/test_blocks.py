@@ -7,8 +7,6 @@ from models import columns, dense, mixture, problem
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def positions(params, where):
     """The places of the selected leaves' entries in the raveled vector."""

@@ -6,8 +6,6 @@ from cases import Matrix
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 @pytest.fixture
 def pair(rng, x64):

@@ -8,8 +8,6 @@ from models import SLICES, assert_equal, dense, mlp, problem
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 LOSS = {"categorical": "softmax", "bernoulli": "bernoulli", "gaussian": "squared"}
 
 

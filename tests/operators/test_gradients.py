@@ -6,8 +6,6 @@ from models import CASES, SLICES, assert_equal, dense, mixture, mlp, problem, so
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 @pytest.mark.parametrize(("network", "loss"), CASES)
 def test_empirical_fisher_is_the_second_moment_of_the_gradients(network, loss, x64):
@@ -23,7 +21,7 @@ def test_covariance_is_the_centred_one(network, loss, x64):
     assert_equal(C, dense(network, loss).covariance)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 4, 100])
+@pytest.mark.parametrize("batch_size", [None, 4, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 100))])
 def test_slices_are_weighted_by_their_count(batch_size, x64):
     forward, params, inputs, targets = problem("mlp", "squared")
     truth = dense("mlp", "squared")

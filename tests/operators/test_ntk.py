@@ -6,8 +6,6 @@ from models import CASES, NETWORKS, assert_equal, columns, dense, mixture, probl
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_is_the_gram_matrix_of_the_jacobian(network, x64):

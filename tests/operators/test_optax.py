@@ -6,8 +6,6 @@ import pytest
 
 import hessjax as hj
 
-pytestmark = pytest.mark.slow  # minutes on two cores
-
 
 def params():
     return {"in": {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}, "out": [jnp.array(0.5), None]}

@@ -2,12 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Matrix
+from cases import Diagonal, Matrix
 from models import assert_equal, dense, mixture, problem
 
 import hessjax as hj
-
-pytestmark = pytest.mark.slow  # minutes on two cores
 
 
 def test_is_the_matrix_between_roots_of_the_scale(rng, x64):
@@ -35,9 +33,22 @@ def test_takes_a_plain_function_and_keeps_dtypes():
     assert image["a"].dtype == jnp.float32
 
 
-def test_a_scale_that_is_not_positive_shows():
-    P = hj.precondition(Matrix(jnp.eye(2)), jnp.array([1.0, 0.0]))
-    assert not np.isfinite(P(jnp.ones(2))).all()
+@pytest.mark.parametrize(("entry", "shown"), [(0.0, "0.0"), (-2.0, "-2.0"), (np.nan, "nan")])
+def test_a_scale_that_is_not_positive_is_refused(entry, shown, key):
+    op = hj.operator(lambda v: v, {"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match=rf"`scale` must be positive, got {shown} at `\['a'\]`"):
+        hj.precondition(op, {"a": jnp.array([1.0, entry])})
+    traced = jax.jit(lambda d: hj.precondition(op, {"a": d})({"a": jnp.ones(2)})["a"])(jnp.array([1.0, entry]))
+    np.testing.assert_array_equal(np.isfinite(traced), [True, False])
+
+
+def test_a_scale_that_is_known_is_checked_while_the_product_is_traced():
+    scale = jnp.array([4.0, 1.0])
+    op = Diagonal(jnp.ones(2))
+    found = jax.jit(lambda v: hj.precondition(op, scale)(v))(jnp.ones(2))
+    np.testing.assert_allclose(found, [0.25, 1.0])
+    with jax.transfer_guard("disallow"):
+        hj.precondition(op, scale)
 
 
 def test_another_structure_is_refused():

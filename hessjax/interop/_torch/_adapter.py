@@ -1,61 +1,23 @@
-"""From a PyTorch module to a `Model`: conversion, losses, and the comparison with PyTorch."""
+"""From a PyTorch module to a `Model`: conversion of the forward and of the loss."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import torch
 from jaxtyping import Array, PyTree
 
-from hessjax._model import Model
-from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, take, tolerance_in
+from hessjax.interop._parity import Ported
 from hessjax.interop._torch._data import read, to_jax, to_numpy, to_tensor, untouched, x64_is_on
 from hessjax.interop._torch._export import FixedBatch, Unrolled, as_tree, export
+from hessjax.interop._torch._lowered import Converted, ConvertedLoss
 from hessjax.interop._torch._program import Program
-from hessjax.interop._torch._reference import check_plain, eager_outputs, gradient_of, trained_parameters
+from hessjax.interop._torch._proof import prove
+from hessjax.interop._torch._reference import check_plain, trained_parameters
 from hessjax.interop._torch._rules import Rule
-
-_EXAMPLES = 8  # on which port and source are compared
-
-
-class Converted(eqx.Module):
-    """A program with its constants as a forward function; on one example if `single`, else on a batch."""
-
-    program: Program = eqx.field(static=True)
-    constants: dict[str, Array]
-    result: Any = eqx.field(static=True)
-    single: bool = eqx.field(static=True)
-    wide: bool = eqx.field(static=True, default=False)
-
-    def __call__(self, params: PyTree, inputs: PyTree) -> PyTree:
-        leaves = [jnp.asarray(leaf) for leaf in jtu.tree_leaves(arguments(inputs))]
-        leaves = [leaf[None] for leaf in leaves] if self.single else leaves
-        outputs = self.program.run({**self.constants, **params}, leaves, self.wide)
-        return jtu.tree_unflatten(self.result, [out[0] for out in outputs] if self.single else outputs)
-
-
-class ConvertedLoss(eqx.Module):
-    """A torch loss on one example, which it takes for a batch of one."""
-
-    program: Program = eqx.field(static=True)
-    constants: dict[str, Array]
-    wide: bool = eqx.field(static=True, default=False)
-
-    def __call__(self, output: PyTree, target: PyTree) -> Array:
-        leaves = [jnp.asarray(leaf)[None] for leaf in jtu.tree_leaves(((output, target), {}))]
-        return self.program.run(self.constants, leaves, self.wide)[0]
-
-
-def arguments(inputs: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tuple is several arguments, a dict named ones, anything else is one."""
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+from hessjax.interop._torch._source import Source, torch_loss
 
 
 def convert(
@@ -69,8 +31,8 @@ def convert(
     kwargs: dict[str, Any],
 ) -> Ported:
     """The body of `hj.from_torch`, which see."""
-    check_plain(module)
     module = getattr(module, "_orig_mod", module)  # under torch.compile
+    check_plain(module)
     inputs, targets = read(data)
     params, constants = _tensors(module)
     select = as_tree if output is None else output
@@ -83,7 +45,7 @@ def convert(
         jax_loss = _loss_in_jax(loss, source, own_rules)
         tree = jtu.tree_map(lambda leaf: to_jax(leaf, "data"), (inputs, targets))
         model = Ported(params, tree, forward, jax_loss, batched=batched)
-        return model if verify is False else model.proven(_proof(model, source, loss, verify))
+        return model if verify is False else model.proven(prove(model, source, loss, verify))
 
 
 def _tensors(module: torch.nn.Module) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -98,48 +60,6 @@ def _tensors(module: torch.nn.Module) -> tuple[dict[str, Array], dict[str, Array
     rest = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     params = {name: to_jax(to_numpy(p), name) for name, p in trained.items()}
     return params, {name: to_jax(to_numpy(t), name) for name, t in rest.items() if name not in params}
-
-
-class Source:
-    """A private copy of the user's module in eval mode, and a few of the examples as tensors."""
-
-    def __init__(self, module: Any, inputs: PyTree, targets: PyTree, select: Any, kwargs: dict[str, Any]):
-        try:
-            self.module = copy.deepcopy(module).eval()
-        except Exception as error:
-            raise ValueError(f"The module cannot be copied (`copy.deepcopy` fails: {error}).") from error
-        self.arguments = jtu.tree_structure(arguments(inputs))
-        self.select, self.kwargs = select, kwargs
-        leaves = jtu.tree_leaves(inputs)
-        lengths = {np.shape(leaf)[0] if np.ndim(leaf) else -1 for leaf in leaves}
-        if len(lengths) != 1 or -1 in lengths:
-            raise ValueError(
-                f"Inputs must be arrays with one leading length, got shapes {[np.shape(x) for x in leaves]}."
-            )
-        self.count = min(next(iter(lengths)), _EXAMPLES)
-        self.inputs, self.targets = (take(tree, 0, self.count) for tree in (inputs, targets))
-        self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
-        self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
-        self.outputs = eager_outputs(self.unrolled, self.leaves)
-        self.result = self.unrolled.result
-
-    def alias(self, target: str) -> str:
-        """The name of a parameter or buffer in the user's module, the first where it has several."""
-        name = target.removeprefix("module.")
-        if not hasattr(self, "_first"):
-            first: dict[int, str] = {}
-            every = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers()]
-            self._first = {n: first.setdefault(id(t), n) for n, t in every}
-        return self._first.get(name, name)
-
-    def doubled(self) -> "Source":
-        """The same in float64."""
-        wide = copy.copy(self)
-        wide.module = copy.deepcopy(self.module).double()
-        wide.leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
-        wide.unrolled = Unrolled(wide.module, self.arguments, self.select, self.kwargs)
-        wide.outputs = eager_outputs(wide.unrolled, wide.leaves)
-        return wide
 
 
 def _converted(source: Source, constants: dict[str, Array], rules: dict[str, Rule]) -> Converted:
@@ -207,96 +127,6 @@ def is_torch_loss(loss: Any) -> bool:
 
 def _runs_in_torch(loss: Any, source: Source) -> bool:
     try:
-        return isinstance(_torch_loss(loss, source), torch.Tensor)
+        return isinstance(torch_loss(loss, source), torch.Tensor)
     except Exception:
         return False
-
-
-def _torch_loss(loss: Any, source: Source) -> torch.Tensor:
-    outputs = jtu.tree_unflatten(source.result, source.outputs)
-    like = [leaf for leaf in source.outputs if leaf.is_floating_point()]
-    targets = jtu.tree_map(lambda leaf: _at_width_of(to_tensor(leaf), like), source.targets)
-    return loss(outputs, targets)
-
-
-def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
-    return target.to(outputs[0].dtype) if target.is_floating_point() and outputs else target
-
-
-def _proof(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
-    """Compares in float64; where the source computes in less inside, in its own precision instead."""
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trained_parameters(source.module).values()}
-    try:
-        return _compared(model, source.doubled(), loss, verify, wide=True)
-    except (ValueError, RuntimeError):
-        if dtypes == {"float64"}:
-            raise
-        return _compared(model, source, loss, verify, wide=False)
-
-
-def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool) -> Parity:
-    with jax.enable_x64(wide or x64_is_on()):
-        widen = _widened if wide else lambda tree: tree
-        ours = Model(
-            widen(model.params),
-            widen(jtu.tree_map(jnp.asarray, (source.inputs, source.targets))),
-            _wide_function(model.forward, wide),
-            _wide_function(model.loss, wide),
-            batched=model.batched,
-        )
-        outputs = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
-        found = [difference("outputs", ours.outputs(), outputs)]
-        if verify == "gradient":
-            value, gradient = _torch_gradient(ours, source, loss, outputs)
-            found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
-    dtype = "float64" if wide else str(source.outputs[0].dtype).removeprefix("torch.")
-    parity = demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), tuple(found)))
-    if model.batched:
-        check_independence(lambda part: _outputs_on(source, part), source.inputs, outputs, parity.tolerance)
-    return parity
-
-
-def _outputs_on(source: Source, inputs: PyTree) -> PyTree:
-    leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(inputs))]
-    leaves = [leaf.to(old.dtype) for leaf, old in zip(leaves, source.leaves, strict=True)]
-    with torch.no_grad():
-        return jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.unrolled(leaves)])
-
-
-def _torch_gradient(ours: Model, source: Source, loss: Any, outputs: PyTree) -> tuple[Any, Any]:
-    """Loss and gradient by PyTorch; a JAX loss enters through its derivative with respect to the outputs."""
-    trained = trained_parameters(source.module)
-    if isinstance(ours.loss.treedef.unflatten(ours.loss.rest), ConvertedLoss):
-        value = _torch_loss(loss, source)
-        return to_numpy(value), gradient_of([value], [np.ones(())], trained)
-
-    def mean_loss(outputs: PyTree) -> Array:
-        return jnp.mean(jax.vmap(ours.loss)(outputs, ours.data[1]))
-
-    real, rest = eqx.partition(jtu.tree_map(jnp.asarray, outputs), eqx.is_inexact_array)
-    value, weights = jax.value_and_grad(lambda part: mean_loss(eqx.combine(part, rest)))(real)
-    floating = [out for out in source.outputs if out.is_floating_point()]
-    return value, gradient_of(floating, [np.asarray(w, np.float64) for w in jtu.tree_leaves(weights)], trained)
-
-
-def _widened(tree: PyTree) -> PyTree:
-    def widen(leaf: Any) -> Any:
-        return leaf.astype(jnp.float64) if eqx.is_inexact_array(leaf) else leaf
-
-    return jtu.tree_map(widen, tree)
-
-
-def _wide_function(function: Any, wide: bool) -> Any:
-    """A converted function that computes in float64."""
-    inner = function.treedef.unflatten(
-        [b if a is None else a for a, b in zip(function.arrays, function.rest, strict=True)]
-    )
-    if not wide or not isinstance(inner, Converted | ConvertedLoss):
-        return function
-    return eqx.tree_at(
-        lambda f: f.constants, type(inner)(**{**_fields(inner), "wide": True}), _widened(inner.constants)
-    )
-
-
-def _fields(module: eqx.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in module.__dataclass_fields__}

@@ -17,12 +17,12 @@ _LABELS = ("labels", "label", "targets", "target")
 
 @contextlib.contextmanager
 def untouched(*holders: Any) -> Iterator[None]:
-    """Puts back every random state that reading data or running a module moves."""
+    """Autograd as in a fresh process, and every random state put back that reading data or running a module moves."""
     generators = [g for h in holders for g in _generators(h)]
     states = [g.get_state() for g in generators]
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         random.setstate(python)
@@ -148,7 +148,7 @@ def _joined(batches: list[PyTree]) -> PyTree:
         if jtu.tree_structure(batch) != jtu.tree_structure(first):
             raise ValueError(
                 f"Batches must have one structure: batch {number} is {jtu.tree_structure(batch)}, batch 0 is "
-                f"{jtu.tree_structure(first)}."
+                f"{jtu.tree_structure(first)}. A `collate_fn` can give all the same nesting and keys."
             )
         for (path, leaf), other in zip(jtu.tree_leaves_with_path(batch), jtu.tree_leaves(first), strict=True):
             if np.shape(leaf)[1:] != np.shape(other)[1:]:

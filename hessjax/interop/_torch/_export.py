@@ -1,6 +1,8 @@
 """From a PyTorch module to a `Program`, by `torch.export` and the table of rules."""
 
 import contextlib
+import io
+import logging
 import math
 import operator
 import warnings
@@ -12,11 +14,13 @@ import torch
 
 from hessjax.interop._torch import attention, elementwise, indexing, linear, norms, recurrent, reductions, shapes
 from hessjax.interop._torch._program import Dtype, Instruction, Program, Ref, getitem
-from hessjax.interop._torch._rules import RULES, Rule, find, why_refused
+from hessjax.interop._torch._reference import watched
+from hessjax.interop._torch._rules import Rule, find, why_refused
 
 FAMILIES = (attention, elementwise, indexing, linear, norms, recurrent, reductions, shapes)  # their import fills RULES
 _PLACEMENT = ("device", "layout", "pin_memory", "memory_format", "non_blocking")
 _CHECKS = ("_assert", "sym_constrain_range", "_assert_scalar", "_assert_tensor_metadata", "_assert_async")
+_LOGGER = "torch.fx.experimental.symbolic_shapes"
 _ON_SIZES = {"sym_float": float, "sym_int": int, "sym_max": max, "sym_min": min, "sym_not": operator.not_}
 
 
@@ -70,30 +74,28 @@ def export(unrolled: Unrolled, leaves: list[torch.Tensor], dynamic: bool, rules:
     """
     shapes_of = ([{0: torch.export.Dim.DYNAMIC} if dynamic and leaf.ndim else None for leaf in leaves],)
     example = [leaf.clone() for leaf in leaves]  # export leaves marks on its inputs
-    with _watched(unrolled.module) as where, _plain_layers(), warnings.catch_warnings():
+    with watched(unrolled.module) as where, _plain_layers(), _silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its own internals
         try:
             exported = torch.export.export(unrolled, (example,), dynamic_shapes=shapes_of if dynamic else None)
+            exported = _decomposed(exported, rules)
         except Exception as error:
             raise _explained(error, where) from error
-        exported = _decomposed(exported, rules)
     _refuse_mutation(exported)  # which shows once writes in place have become results
     return _lower(exported, rules), {**dict(exported.state_dict), **exported.constants}
 
 
 @contextlib.contextmanager
-def _watched(module: torch.nn.Module) -> Iterator[list[str]]:
-    """The names of the layers that are being called, outermost first; after an exception, where it came from."""
-    where: list[str] = []
-    handles = []
-    for name, layer in module.named_modules():
-        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: where.append(name)))
-        handles.append(layer.register_forward_hook(lambda *_: (where.pop(), None)[1]))
+def _silent() -> Iterator[None]:
+    """Without the graph that torch logs and prints before it raises: the exception says what is wrong."""
+    logger = logging.getLogger(_LOGGER)
+    before = logger.disabled
+    logger.disabled = True
     try:
-        yield where
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        logger.disabled = before
 
 
 @contextlib.contextmanager
@@ -134,7 +136,7 @@ def _refuse_mutation(exported: Any) -> None:
     for what, names in (
         ("the buffer", list(signature.buffers_to_mutate.values())),
         ("the parameter", list(getattr(signature, "parameters_to_mutate", {}).values())),
-        ("its input", list(signature.user_inputs_to_mutate.values())),
+        ("its input number", [n.rpartition("_")[2] for n in signature.user_inputs_to_mutate.values()]),
     ):
         if names:
             name = names[0].removeprefix("module.")
@@ -201,8 +203,8 @@ def _lower(exported: Any, rules: dict[str, Rule]) -> Program:
             continue
         if function is _nothing:
             continue
-        args = _plain(node.args)
-        kwargs = {key: _plain(value) for key, value in node.kwargs.items() if key not in _PLACEMENT}
+        args = as_data(node.args)
+        kwargs = {key: as_data(value) for key, value in node.kwargs.items() if key not in _PLACEMENT}
         instructions.append(Instruction(node.name, function, args, kwargs, _dtypes_of(node), name, layer))
     if missing:
         raise NotImplementedError(_missing_text(missing))
@@ -228,13 +230,14 @@ def _layer_of(node: Any) -> str:
     return deepest.removeprefix("L['self'].").removeprefix("module").removeprefix(".")
 
 
-def _plain(value: Any) -> Any:
+def as_data(value: Any) -> Any:
+    """An argument in a graph, without PyTorch's objects."""
     if isinstance(value, torch.fx.Node):
         return Ref(value.name)
     if isinstance(value, torch.dtype):
         return Dtype(str(value).removeprefix("torch."))
     if isinstance(value, list | tuple):
-        return tuple(_plain(part) for part in value)
+        return tuple(as_data(part) for part in value)
     if isinstance(value, torch.device | torch.layout | torch.memory_format):
         return None
     return value
@@ -244,6 +247,3 @@ def _dtypes_of(node: Any) -> tuple[str | None, ...]:
     value = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(str(v.dtype).removeprefix("torch.") if isinstance(v, torch.Tensor) else None for v in values)
-
-
-__all__ = ["RULES", "FixedBatch", "Unrolled", "as_tree", "export"]

@@ -27,10 +27,10 @@ class Host:
     def product(self, vector: dict[str, Any]) -> dict[str, np.ndarray]:
         """∇²L v, the batches weighted by their length."""
         parameters = list(self.trained.values())
-        tangents = [torch.as_tensor(np.array(vector[n])).to(p) for n, p in self.trained.items()]
-        total = [torch.zeros_like(p) for p in parameters]
         count = sum(length for _, _, length in self.batches)
         with untouched(), plain_attention():
+            tangents = [torch.from_numpy(np.array(vector[n])).to(p) for n, p in self.trained.items()]
+            total = [torch.zeros_like(p) for p in parameters]
             for inputs, targets, length in self.batches:
                 loss = self.loss_fn(_call(self.module, inputs), targets)
                 slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -84,9 +84,9 @@ def build(loss_fn: Any, module: Any, batches: Any) -> TorchOperator:
     device = next(iter(trained.values())).device
     with untouched(batches):
         parts = [_part(batch, number, device) for number, batch in enumerate(batches)]
+        host = Host(loss_fn, copy.deepcopy(module).eval(), parts)
     if not parts:
         raise ValueError("`torch_operator` needs at least one batch `(inputs, targets)`, got none.")
-    host = Host(loss_fn, copy.deepcopy(module).eval(), parts)
     shapes = {n: jax.ShapeDtypeStruct(tuple(p.shape), _dtype(p)) for n, p in host.trained.items()}
     specs = structure_of(shapes)
     return TorchOperator(host, tuple(specs), tuple(specs.values()))
@@ -102,7 +102,7 @@ def _part(batch: Any, number: int, device: Any) -> tuple[Any, Any, int]:
         raise ValueError(f"Every batch must be a pair `(inputs, targets)`, got {got} in batch {number}.")
     inputs, targets = batch
     inputs = dict(inputs) if hasattr(inputs, "keys") else tuple(inputs) if isinstance(inputs, list) else inputs
-    moved = jtu.tree_map(lambda leaf: torch.as_tensor(leaf).detach().clone().to(device), (inputs, targets))
+    moved = jtu.tree_map(lambda leaf: torch.as_tensor(leaf, device=device).detach().clone(), (inputs, targets))
     lengths = {leaf.shape[0] for leaf in jtu.tree_leaves(moved) if leaf.ndim}
     if len(lengths) != 1:
         raise ValueError(f"Inputs and targets of batch {number} must have one leading length, got {sorted(lengths)}.")

@@ -5,7 +5,6 @@ Every instruction is found a rule here, at conversion, so that nothing is missin
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +56,10 @@ class Program:
     inputs: tuple[str, ...]
     arrays: dict[str, str]
     outputs: tuple[Ref, ...]
+
+    def dtypes(self) -> set[str]:
+        """The dtypes that its instructions produce."""
+        return {dtype for step in self.instructions for dtype in step.dtypes if dtype is not None}
 
     def run(self, arrays: dict[str, Array], inputs: list[Array], wide: bool = False) -> list[Array]:
         """The results on `inputs`, with `arrays` for parameters and constants.
@@ -115,6 +118,3 @@ def _cast(value: Any, dtypes: tuple[str | None, ...], wide: bool) -> Any:
 def getitem(value: Any, index: Any) -> Any:
     """One of several results."""
     return value[index]
-
-
-Lookup = Callable[[str], Rule | None]

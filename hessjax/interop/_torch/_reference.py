@@ -36,6 +36,11 @@ def check_plain(module: Any) -> None:
             f"Needs a `torch.nn.Module`, got {type(module).__name__}. A forward written by hand in JAX goes to "
             "`hj.Model(params, data, forward, loss)`."
         )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("A TorchScript module has no Python code left to export: convert the module it was made from.")
+    for name, p in module.named_parameters():
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"`{name}` has no values yet (a lazy layer): call the module on a batch first.")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type == "meta":
             raise ValueError(f"`{name}` has no values (it is on the device `meta`): load the weights first.")
@@ -55,6 +60,41 @@ def check_plain(module: Any) -> None:
             )
     if not trained_parameters(module):
         raise ValueError("The module has no parameter with `requires_grad`.")
+
+
+@contextlib.contextmanager
+def watched(module: torch.nn.Module) -> Iterator[list[str]]:
+    """The names of the layers that are being called, outermost first; after an exception, where it came from."""
+    where: list[str] = []
+    handles = []
+    for name, layer in module.named_modules():
+        handles.append(layer.register_forward_pre_hook(lambda *_, name=name: where.append(name)))
+        handles.append(layer.register_forward_hook(lambda *_: (where.pop(), None)[1]))
+    try:
+        yield where
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Switches(torch.overrides.TorchFunctionMode):
+    """Notes the layers that switch derivatives off."""
+
+    def __init__(self, where: list[str]):
+        super().__init__()
+        self.where, self.found = where, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled and args[0] is False:
+            self.found.add(self.where[-1].removeprefix("module").removeprefix("."))
+        return func(*args, **(kwargs or {}))
+
+
+def switched_off(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[str]:
+    """The layers that compute something under `torch.no_grad`; the outermost is the empty name."""
+    with watched(module) as where, plain_attention(), _Switches(where) as switches:
+        module([leaf.clone() for leaf in leaves])
+    return sorted(switches.found)
 
 
 def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -100,7 +140,7 @@ def _tensors_in(output: Any) -> list[torch.Tensor]:
 
 def gradient_of(outputs: list[torch.Tensor], weights: list[Any], trained: dict[str, Any]) -> dict[str, Any]:
     """Σ ⟨weights, outputs⟩ differentiated, by name; zero where a parameter takes no part."""
-    pairs = [(o, torch.as_tensor(np.array(w)).to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    pairs = [(o, torch.from_numpy(np.array(w)).to(o)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     if not pairs:
         return {name: to_numpy(torch.zeros_like(p)) for name, p in trained.items()}
     with plain_attention():

@@ -19,6 +19,7 @@ DYNAMIC = "the shape of its result depends on values; compute with a mask and `t
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("native_dropout", "bernoulli", "rand", "randn", "rand_like", "randn_like", "randint"), RANDOM),
     **dict.fromkeys(("randperm", "normal", "multinomial", "uniform", "rrelu_with_noise"), RANDOM),
+    **dict.fromkeys(("rrelu_with_noise_functional", "poisson", "exponential", "geometric"), RANDOM),
     **dict.fromkeys(("nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim"), DYNAMIC),
     "_local_scalar_dense": "it reads a number out of a tensor (`.item()`, `float()`, `if`), which no compiled "
     "program can; use `torch.where`",

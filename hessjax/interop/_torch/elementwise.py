@@ -10,14 +10,15 @@ from jaxtyping import Array
 from hessjax.interop._torch._rules import RULES, rule
 
 _SAME_NAME = (
-    "abs sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp exp2 expm1 log log2 log10 log1p sqrt floor "
+    "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp exp2 expm1 log log2 log10 log1p sqrt floor "
     "ceil round trunc sign isnan isinf isfinite logical_not logical_and logical_or logical_xor bitwise_not bitwise_and "
-    "bitwise_or bitwise_xor maximum minimum atan2 hypot logaddexp signbit square reciprocal fmax fmin"
+    "bitwise_or bitwise_xor maximum minimum atan2 hypot logaddexp signbit square reciprocal"
 )
 RULES.update({f"aten.{name}": getattr(jnp, {"atan2": "arctan2"}.get(name, name)) for name in _SAME_NAME.split()})
 RULES.update(
     {
         "aten.neg": jnp.negative,
+        "aten.abs": lambda x: x * jnp.sign(x),
         "aten.rsqrt": jax.lax.rsqrt,
         "aten.sigmoid": jax.nn.sigmoid,
         "aten.relu": jax.nn.relu,
@@ -36,6 +37,8 @@ RULES.update(
         "aten.gt": lambda a, b: a > b,
         "aten.ge": lambda a, b: a >= b,
         "aten.where": jnp.where,
+        "aten.fmax": lambda a, b: jnp.where((a >= b) | jnp.isnan(b), a, b),
+        "aten.fmin": lambda a, b: jnp.where((a <= b) | jnp.isnan(b), a, b),
         "aten.mul": lambda a, b: a * b,
         "aten.fmod": lambda a, b: jnp.fmod(a, b),
         "aten.remainder": lambda a, b: jnp.remainder(a, b),
@@ -46,12 +49,12 @@ RULES.update(
 
 
 @rule("add")
-def add(a: Any, b: Any, *, alpha: Any = 1) -> Array:
+def add(a: Any, b: Any, alpha: Any = 1) -> Array:
     return a + b if alpha == 1 else a + alpha * b
 
 
 @rule("sub")
-def sub(a: Any, b: Any, *, alpha: Any = 1) -> Array:
+def sub(a: Any, b: Any, alpha: Any = 1) -> Array:
     return a - b if alpha == 1 else a - alpha * b
 
 
@@ -91,14 +94,20 @@ def lerp(a: Array, b: Array, weight: Any) -> Array:
     return a + weight * (b - a)
 
 
-@rule("clamp", "clip", "clamp_min", "clamp_max", "hardtanh")
+@rule("clamp", "clip", "clamp_min")
 def clamp(x: Array, low: Any = None, high: Any = None) -> Array:
     x = x if low is None else jnp.where(x < low, low, x)
     return x if high is None else jnp.where(x > high, high, x)
 
 
-RULES["aten.clamp_max"] = lambda x, high: clamp(x, None, high)
-RULES["aten.hardtanh"] = lambda x, low=-1, high=1: clamp(x, low, high)
+@rule("clamp_max")
+def clamp_max(x: Array, high: Any) -> Array:
+    return clamp(x, None, high)
+
+
+@rule("hardtanh")
+def hardtanh(x: Array, low: Any = -1, high: Any = 1) -> Array:
+    return jnp.where(x <= low, low, jnp.where(x >= high, high, x))  # flat at its corners, which `clamp` is not
 
 
 @rule("masked_fill")
@@ -120,12 +129,14 @@ def leaky_relu(x: Array, slope: Any = 0.01) -> Array:
 def prelu(x: Array, weight: Array) -> Array:
     if weight.ndim == 1 and weight.size > 1 and x.ndim > 1:
         weight = weight.reshape(1, -1, *[1] * (x.ndim - 2))
-    return jnp.where(x > 0, x, weight.reshape(()) * x if weight.size == 1 else weight * x)
+    weight = weight.reshape(()) if weight.size == 1 else weight
+    return jnp.where(x > 0, x, jnp.where(x < 0, weight, jax.lax.stop_gradient(weight)) * x)  # at 0 no curvature
 
 
 @rule("elu")
 def elu(x: Array, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Array:
-    below = scale * alpha * jnp.expm1(input_scale * jnp.where(x > 0, 0, x))
+    curved = jnp.expm1(input_scale * jnp.where(x < 0, x, 0))
+    below = scale * alpha * jnp.where(x < 0, curved, input_scale * x)  # at 0 a slope and no curvature
     return jnp.where(x > 0, scale * x, below)
 
 

@@ -1,5 +1,6 @@
 """Products of matrices, convolutions and pools. Everything at the highest precision, as torch computes on the CPU."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hessjax.interop._torch._rules import rule
+from hessjax.interop._torch._rules import RULES, rule
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -66,14 +67,11 @@ def convolution(
     groups: int,
 ) -> Array:
     rank = weight.ndim - 2
-    single = x.ndim == rank + 1
-    x = x[None] if single else x
     stride, padding, dilation = (_each(value, rank) for value in (stride, padding, dilation))
     y = (_transposed if transposed else _forward)(
         x, weight, stride, padding, dilation, groups, _each(output_padding, rank)
     )
-    y = y if bias is None else y + bias.reshape(-1, *[1] * rank)
-    return y[0] if single else y
+    return y if bias is None else y + bias.reshape(-1, *[1] * rank)
 
 
 def _forward(x: Array, weight: Array, stride: Any, padding: Any, dilation: Any, groups: int, _: Any) -> Array:
@@ -117,36 +115,38 @@ def _window(x: Array, size: list[int], stride: list[int], padding: list[int], ce
     return (*lead, *size), (*lead, *stride), [(0, 0)] * len(lead) + pads
 
 
-@rule("max_pool2d_with_indices", "max_pool3d_with_indices")
-def max_pool_with_indices(
-    x: Array, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> tuple[Array, None]:
-    return max_pool(x, size, stride, padding, dilation, ceil_mode), None
+def max_pool_with_indices(rank: int, x: Array, *args: Any) -> tuple[Array, None]:
+    return max_pool(rank, x, *args), None
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d")
 def max_pool(
-    x: Array, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    rank: int, x: Array, size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Array:
-    rank = _rank(x, size, stride, padding, dilation)
     size, padding, dilation = (_each(value, rank) for value in (size, padding, dilation))
     stride = _each(stride, rank) if stride not in ((), [], None) else size
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, size, strict=True)]
-    _, strides, pads = _window(x, reach, stride, padding, ceil_mode)
-    lead = (1,) * (x.ndim - rank)
-    return jax.lax.reduce_window(
-        x, -jnp.inf, jax.lax.max, (*lead, *size), strides, pads, window_dilation=(*lead, *dilation)
-    )
+    _, _, pads = _window(x, reach, stride, padding, ceil_mode)
+    # Axis by axis from the last one, the first of equals wins: as torch has it. A window reduction would not
+    # differentiate twice under dilation.
+    for axis in range(x.ndim - 1, x.ndim - rank - 1, -1):
+        spatial = axis - (x.ndim - rank)
+        x = _largest(x, axis, size[spatial], stride[spatial], dilation[spatial], pads[axis])
+    return x
 
 
-def _rank(x: Array, *values: Any) -> int:
-    """The number of spatial axes, from the lists given or else from the array: batch, channels, then space."""
-    longest = max([len(value) for value in values if isinstance(value, list | tuple)] + [1])
-    return longest if longest > 1 or x.ndim < 4 else x.ndim - 2
+def _largest(x: Array, axis: int, size: int, stride: int, dilation: int, pad: tuple[int, int]) -> Array:
+    """The largest entry of each window along one axis."""
+    x = jax.lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(*pad, 0) if a == axis else (0, 0, 0) for a in range(x.ndim)])
+    span = (x.shape[axis] - dilation * (size - 1) - 1) // stride * stride + 1
+    parts = [jax.lax.slice_in_dim(x, i * dilation, i * dilation + span, stride, axis) for i in range(size)]
+    best = parts[0]
+    for part in parts[1:]:
+        best = jnp.where((part > best) | jnp.isnan(part), part, best)
+    return best
 
 
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def avg_pool(
+    rank: int,
     x: Array,
     size: Any,
     stride: Any = (),
@@ -155,7 +155,6 @@ def avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Array:
-    rank = _rank(x, size, stride, padding)
     size, padding = _each(size, rank), _each(padding, rank)
     stride = _each(stride, rank) if stride not in ((), [], None) else size
     window, strides, pads = _window(x, size, stride, padding, ceil_mode)
@@ -168,6 +167,13 @@ def avg_pool(
     beyond = [(0, max(high - p, 0)) for p, (_, high) in zip(padding, pads[-rank:], strict=True)]
     count = jax.lax.reduce_window(jnp.asarray(counted), 0.0, jax.lax.add, window[-rank:], strides[-rank:], beyond)
     return total / count
+
+
+for _d in (1, 2, 3):
+    RULES[f"aten.max_pool{_d}d"] = functools.partial(max_pool, _d)
+    RULES[f"aten.avg_pool{_d}d"] = functools.partial(avg_pool, _d)
+    RULES[f"aten.max_pool{_d}d_with_indices"] = functools.partial(max_pool_with_indices, _d)
+del RULES["aten.max_pool1d_with_indices"]  # which torch has not
 
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d")

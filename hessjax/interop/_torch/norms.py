@@ -1,6 +1,5 @@
 """Normalisations. Variances are those of the centred values, whose second derivative is right; see `hj.check_hvp`."""
 
-import math
 from typing import Any
 
 import jax
@@ -128,11 +127,3 @@ def cosine_similarity(a: Array, b: Array, dim: int = 1, eps: float = 1e-8) -> Ar
     sizes = [jnp.sqrt(jnp.sum(jnp.square(x), dim, keepdims=True)) for x in (a, b)]
     a, b = (x / jnp.maximum(size, eps) for x, size in zip((a, b), sizes, strict=True))
     return jnp.sum(a * b, dim)
-
-
-@rule("local_response_norm")
-def local_response_norm(x: Array, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Array:
-    window = (1, size, *[1] * (x.ndim - 2))
-    pads = [(0, 0), (size // 2, (size - 1) // 2), *[(0, 0)] * (x.ndim - 2)]
-    total = jax.lax.reduce_window(jnp.square(x), 0.0, jax.lax.add, window, [1] * x.ndim, pads)
-    return x / (k + alpha * total / math.prod(window)) ** beta

@@ -68,14 +68,8 @@ def _run(
 def _layers(
     step: Step, x: Array, states: list[Array], parameters: Any, biases: bool, layers: int, both: bool, first: bool
 ) -> tuple[Array, ...]:
-    single = x.ndim == 2  # one sequence, without a batch
-    if single:
-        x, states = x[:, None], [s[:, None] for s in states]
-    elif first:
-        x = jnp.swapaxes(x, 0, 1)
+    x = jnp.swapaxes(x, 0, 1) if first else x
     y, final = _run(step, x, states, list(parameters), biases, layers, both)
-    if single:
-        return (y[:, 0], *(s[:, 0] for s in final))
     return (jnp.swapaxes(y, 0, 1) if first else y, *final)
 
 

@@ -14,9 +14,14 @@ def _axes(dim: Any) -> Any:
     return None if dim is None or dim == [] or dim == () else tuple(dim) if isinstance(dim, list | tuple) else dim
 
 
-@rule("sum", "nansum")
+@rule("sum")
 def total(x: Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
     return jnp.sum(x if dtype is None else x.astype(dtype), _axes(dim), keepdims=keepdim)
+
+
+@rule("nansum")
+def total_of_numbers(x: Array, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    return total(jnp.where(jnp.isnan(x), 0, x), dim, keepdim, dtype=dtype)
 
 
 @rule("mean")
@@ -125,7 +130,8 @@ def sort(x: Array, dim: int = -1, descending: bool = False, *, stable: Any = Non
 
 
 @rule("argsort")
-def argsort(x: Array, dim: int = -1, descending: bool = False) -> Array:
+def argsort(x: Array, dim: int = -1, descending: bool = False, *, stable: Any = None) -> Array:
+    del stable  # always
     return jnp.argsort(x, dim, stable=True, descending=descending)
 
 
@@ -146,7 +152,7 @@ def vector_norm(x: Array, order: Any = 2, dim: Any = None, keepdim: bool = False
     if order in (float("inf"), float("-inf")):
         return (jnp.max if order > 0 else jnp.min)(jnp.abs(x), _axes(dim), keepdims=keepdim)
     if order == 1:
-        return jnp.sum(jnp.abs(x), _axes(dim), keepdims=keepdim)
+        return jnp.sum(x * jnp.sign(x), _axes(dim), keepdims=keepdim)
     return jnp.sum(jnp.abs(x) ** order, _axes(dim), keepdims=keepdim) ** (1 / order)
 
 

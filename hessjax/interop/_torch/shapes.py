@@ -62,7 +62,7 @@ def to(x: Array, dtype: Any = None, *_: Any) -> Array:
     return x.astype(dtype) if isinstance(dtype, np.dtype) else x
 
 
-@rule("view", "reshape", "_unsafe_view", "view_copy", "_reshape_alias")
+@rule("view", "reshape", "_unsafe_view", "view_copy")
 def view(x: Array, size: Any) -> Array:
     if isinstance(size, np.dtype):
         return jax.lax.bitcast_convert_type(x, size)

@@ -1,0 +1,206 @@
+"""`diagonal`: every parameter's own curvature."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from hessjax._function import as_integer
+from hessjax._vectors import structure_of
+from hessjax.estimate._door import needs_entries, needs_key, refuse_method
+from hessjax.estimate._exact import exact_diagonal
+from hessjax.estimate._probes import BATCH, products, signs
+from hessjax.estimate._result import Estimate, average
+from hessjax.estimate._sketch import combine, gram, minus, sketch
+from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._packing import Packed, Packing
+
+
+class Diagonal(Estimate):
+    """An estimate of a diagonal.
+
+    Attributes:
+        value: of the operator's structure.
+        stderr: likewise.
+        num_matvecs: products that were spent.
+        sums: the trace of every leaf's diagonal block, with its own standard error: the errors of a leaf's entries are
+            not independent, so it does not follow from theirs.
+    """
+
+    sums: Estimate
+
+
+def diagonal(
+    op: Operator | Any, num_matvecs: Any, key: Any, *, method: str = "xdiag", like: PyTree | None = None
+) -> Diagonal:
+    """Estimates the diagonal of A from at most `num_matvecs` products.
+
+    Both methods are unbiased. With n products or more in hand the diagonal is read off one entry at a time: exact, n
+    products, standard error 0.
+
+    "xdiag" takes the diagonal of A's projection on the span of its images of half as many random vectors, and corrects
+    it by what the projection leaves out. It spends the largest even number of products, and 3 num_matvecs vectors of
+    memory. It is exact if the rank is below num_matvecs / 2, and it suits decaying spectra.
+
+    "hutchinson" averages z ⊙ Az over vectors z of random signs: the variance of entry i is Σⱼ Aᵢⱼ² / num_matvecs over
+    j ≠ i, so it suits nearly diagonal matrices, for which it is exact. It spends all products, and holds 32 vectors.
+
+    Args:
+        op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
+        num_matvecs: a ceiling. At least 1 for "hutchinson" and 2 for "xdiag"; twice that for a finite standard error.
+        key: draws the random vectors.
+        method: "xdiag" or "hutchinson".
+        like: a pytree shaped as the vectors, when `op` is a plain function.
+
+    Returns:
+        A `Diagonal`: value and standard error of every entry, and `.sums` of every leaf. The standard error covers the
+        draw of the vectors; for "xdiag" it is the spread of estimates that are not independent, so a rough one.
+
+    Raises:
+        ValueError: `num_matvecs` is too small, `method` is unknown, or the operator has no entries.
+        TypeError: `op` is not an operator, `key` no key, or `num_matvecs` no integer.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: {"w": 3 * v["w"], "b": v["b"]}, like={"w": jnp.ones((2, 2)), "b": jnp.ones(2)})
+        >>> estimate = hj.diagonal(A, 4, jax.random.key(0), method="hutchinson")
+        >>> estimate.value["b"].tolist(), float(estimate.sums.value["w"])
+        ([1.0, 1.0], 12.0)
+
+    Source: Epperly, Tropp and Webber, XTrace: making the most of every sample in stochastic trace estimation,
+    arXiv:2301.07825, section 5; Bekas, Kokiopoulou and Saad, An estimator for the diagonal of a matrix,
+    doi:10.1016/j.apnum.2007.01.003.
+    """
+    op = as_operator(op, like)
+    num_matvecs = as_integer("num_matvecs", num_matvecs)
+    refuse_method("diagonal", method, _METHODS)
+    needs_key(key, "diagonal")
+    needs_entries(op, "diagonal")
+    least = 2 if method == "xdiag" else 1
+    if num_matvecs < min(least, op.size):
+        raise ValueError(f'`diagonal` needs `num_matvecs >= {least}` for method="{method}", got {num_matvecs}.')
+    return _diagonal(op, num_matvecs, key, method, Packing.of(op.like))
+
+
+@eqx.filter_jit
+def _diagonal(op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, packing: Packing) -> Diagonal:
+    if num_matvecs >= op.size:
+        value = exact_diagonal(op)
+        zeros = jtu.tree_map(jnp.zeros_like, value)
+        sums = jtu.tree_map(jnp.sum, value)
+        spent = jnp.asarray(op.size, jnp.int32)
+        return Diagonal(value, zeros, spent, Estimate(sums, jtu.tree_map(jnp.zeros_like, sums), spent))
+    return _METHODS[method](Packed(op, packing), packing, num_matvecs, key)
+
+
+def _xdiag(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyArray) -> Diagonal:
+    """The mean over i of diag(Pᵢ A) + ωᵢ ⊙ (I - Pᵢ) A ωᵢ, where Pᵢ does not know the signs ωᵢ."""
+    half = num_matvecs // 2
+    s = sketch(op, key, half, signs)
+    inside = jtu.tree_map(lambda q, z: jnp.sum(q * z, axis=0), s.basis, s.basis_images)
+    direction, image = combine(s.basis, s.left_out), combine(s.basis_images, s.left_out)
+    told = gram(s.basis, s.images)
+    told = told - s.left_out * jnp.sum(s.left_out * told, axis=0)
+    rest = minus(s.images, combine(s.basis, told))
+    samples = jtu.tree_map(
+        lambda whole, q, z, w, r: s.unit.astype(w.dtype) * (whole - q * z + w * r),
+        inside,
+        direction,
+        image,
+        s.probes,
+        rest,
+    )
+    return _from_samples(packing.unpack(samples, batch=1), 2 * half)
+
+
+def _hutchinson(op: Operator, packing: Packing, num_matvecs: int, key: PRNGKeyArray) -> Diagonal:
+    """The mean of z ⊙ Az over vectors of random signs, a batch at a time: no sample outlives its batch."""
+    structure = structure_of(op.like)
+    size = min(BATCH, num_matvecs)
+    keys = jax.random.split(key, num_matvecs)
+    # The last batch is filled up with keys that count for nothing, so that one program serves all batches.
+    missing = -num_matvecs % size
+    filled = jnp.concatenate([keys, jnp.broadcast_to(keys[:1], (missing, *keys.shape[1:]))])
+    counts = (jnp.arange(num_matvecs + missing) < num_matvecs).reshape(-1, size)
+
+    def step(so_far: _Moments, batch: tuple[Array, Array]) -> tuple[_Moments, None]:
+        keys, counts = batch
+        probes = jax.vmap(partial(signs, structure=structure))(keys)
+        samples = packing.unpack(jtu.tree_map(jnp.multiply, probes, products(op, probes)), batch=1)
+        return so_far.with_batch((samples, _leaf_sums(samples)), counts), None
+
+    zeros = packing.unpack(_zeros(structure))
+    start = _Moments.none((zeros, jtu.tree_map(lambda leaf: jnp.zeros((), leaf.dtype), zeros)))
+    moments, _ = jax.lax.scan(step, start, (filled.reshape(-1, size, *keys.shape[1:]), counts))
+    (value, sums), (error, sums_error) = moments.mean, moments.standard_error()
+    spent = jnp.asarray(num_matvecs, jnp.int32)
+    return Diagonal(value, error, spent, Estimate(sums, sums_error, spent))
+
+
+def _zeros(structure: PyTree) -> PyTree:
+    return jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
+
+
+def _from_samples(samples: PyTree[Float[Array, "k ..."]], num_matvecs: int) -> Diagonal:
+    entries = average(samples, num_matvecs)
+    return Diagonal(entries.value, entries.stderr, entries.num_matvecs, average(_leaf_sums(samples), num_matvecs))
+
+
+def _leaf_sums(samples: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, " k"]]:
+    return jtu.tree_map(lambda leaf: jnp.sum(leaf.reshape(leaf.shape[0], -1), axis=1), samples)
+
+
+class _Moments(eqx.Module):
+    """The mean of the samples so far and the root of their summed squared deviations."""
+
+    count: Float[Array, ""]
+    mean: PyTree[Array]
+    deviation: PyTree[Array]
+
+    @classmethod
+    def none(cls, zeros: PyTree[Array]) -> "_Moments":
+        return cls(jnp.zeros(()), zeros, zeros)
+
+    def with_batch(self, samples: PyTree[Array], counts: Array) -> "_Moments":
+        """The moments with those samples of a batch that count."""
+        new = jnp.sum(counts)
+        total = self.count + new
+
+        def merge(mean: Array, deviation: Array, leaf: Array) -> tuple[Array, Array]:
+            used = counts.reshape(-1, *[1] * (leaf.ndim - 1))
+            middle = jnp.sum(jnp.where(used, leaf, 0), axis=0) / new
+            centred = jnp.where(used, leaf - middle, 0)
+            peak = jnp.max(jnp.abs(centred), axis=0)
+            unit = jnp.where(peak > 0, peak, 1)
+            inside = unit * jnp.sqrt(jnp.sum((centred / unit) ** 2, axis=0))
+            shift = middle - mean
+            between = jnp.abs(shift) * jnp.sqrt(self.count * new / total)
+            spread = jnp.hypot(jnp.hypot(deviation, inside), between)
+            return (mean + shift * (new / total)).astype(leaf.dtype), spread.astype(leaf.dtype)
+
+        merged = jtu.tree_map(merge, self.mean, self.deviation, samples)
+        mean, deviation = (
+            jtu.tree_map(lambda _, pair, i=i: pair[i], self.mean, merged, is_leaf=eqx.is_array) for i in (0, 1)
+        )
+        return _Moments(total, mean, jax.lax.stop_gradient(deviation))
+
+    def standard_error(self) -> PyTree[Array]:
+        """√(Σ deviation² / (count (count - 1))), not below the rounding of the mean; infinite for one sample."""
+        root = jnp.sqrt(self.count * jnp.maximum(self.count - 1, 0))
+
+        def error(mean: Array, deviation: Array) -> Array:
+            rounding = 4 * jnp.finfo(mean.dtype).eps * jnp.abs(mean)
+            return jnp.where(root > 0, jnp.maximum(deviation / root, rounding), jnp.inf).astype(mean.dtype)
+
+        return jax.lax.stop_gradient(jtu.tree_map(error, self.mean, self.deviation))
+
+
+_METHODS: dict[str, Callable[[Operator, Packing, int, PRNGKeyArray], Diagonal]] = {
+    "xdiag": _xdiag,
+    "hutchinson": _hutchinson,
+}

@@ -1,0 +1,38 @@
+"""Checks of arguments that every estimator shares."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from hessjax._function import as_integer, check_key
+from hessjax.operators._operator import Operator
+
+
+def needs_key(key: Any, caller: str) -> None:
+    """Raises TypeError unless a key came."""
+    check_key(key, caller)
+    if key is None:
+        raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got None.")
+
+
+def needs_entries(op: Operator, caller: str) -> None:
+    """Raises ValueError for vectors without entries."""
+    if op.size == 0:
+        raise ValueError(f"`{caller}` needs an operator with at least one parameter, got {op.structure}.")
+
+
+def at_least(least: int, name: str, value: Any, caller: str) -> int:
+    """`value` as a Python integer.
+
+    Raises:
+        ValueError: it is below `least`.
+        TypeError: it is no integer.
+    """
+    if (number := as_integer(name, value)) < least:
+        raise ValueError(f"`{caller}` needs `{name} >= {least}`, got {number}.")
+    return number
+
+
+def refuse_method(caller: str, method: Any, methods: Iterable[str]) -> None:
+    """Raises ValueError unless `method` is one of `methods`."""
+    if method not in (known := list(methods)):
+        raise ValueError(f"`{caller}` knows the methods {', '.join(map(repr, known))}, got {method!r}.")

@@ -1,0 +1,75 @@
+"""The mean over left-out vectors, and an error that does not take them for independent.
+
+The k estimates that each leave one vector out share most of their span, and are strongly correlated where that span
+just suffices: their spread over √k can then be several times too small. The standard error here is the jackknife's: the
+whole estimate is formed anew without each vector, which leaves out two at a time, and its variance is taken to be
+(k - 1)/k · Σ (fᵢ - f̄)². By the inequality of Efron and Stein that is on average not below the variance of the estimate
+from k - 1 vectors. All of it is arithmetic of k × k matrices.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from hessjax.estimate._result import Estimate, rounding_of
+from hessjax.estimate._sketch import Sketch
+
+
+def from_left_out(
+    s: Sketch, forms: Float[Array, " k"], cross: Float[Array, "k k"], core: Float[Array, "k k"], num_matvecs: int
+) -> Estimate:
+    """Estimates tr B, for a symmetric B of which the sketch knows parts.
+
+    Args:
+        s: the sketch.
+        forms: ωⱼᵀBωⱼ.
+        cross: twice QᵀBωⱼ, by column.
+        core: QᵀBQ.
+        num_matvecs: products that were spent.
+    """
+    out, w = s.left_out, s.coordinates
+    seen = out.T @ w  # of probe j along the direction that leaving i out takes away
+    crossed, curved = out.T @ cross, out.T @ (core @ w)
+    bent, angle = out.T @ core @ out, out.T @ out
+    lengths, gone = s.lengths, s.removed
+    whole = jnp.trace(core)
+    own = jnp.diagonal
+    base = forms - jnp.sum(w * cross, axis=0) + jnp.sum(w * (core @ w), axis=0)
+    base_length = lengths - jnp.sum(w**2, axis=0)
+
+    def estimates(a: Array, b: Array, first: Array, second: Array) -> Array:
+        """With the directions i (rows) and j (columns) out of the span, weighted a and b in the projection of ωⱼ."""
+        bending = a**2 * own(bent)[:, None] + b**2 * own(bent) + 2 * a * b * bent
+        change = a * (crossed - 2 * curved) + b * own(crossed - 2 * curved) + bending
+        length = base_length + a * seen + b * own(seen)
+        return whole - first + (s.size - s.rank + second) * (base + change) / length
+
+    alone = own(estimates(jnp.zeros_like(seen), jnp.broadcast_to(own(seen), seen.shape), own(bent), gone))
+    value = jnp.mean(alone)
+    k = alone.size
+    if k == 1:
+        return Estimate(value, jnp.full_like(value, jnp.inf), jnp.asarray(num_matvecs, jnp.int32))
+    determinant = 1 - angle**2
+    # Parallel directions are one: they lie where no image does.
+    apart = determinant > 64 * jnp.finfo(angle.dtype).eps
+    safe = jnp.where(apart, determinant, 1)
+    a = jnp.where(apart, (seen - angle * own(seen)) / safe, 0)
+    b = jnp.where(apart, (own(seen) - angle * seen) / safe, own(seen))
+    pair = (own(bent)[:, None] + own(bent) - 2 * angle * bent) / safe
+    first = jnp.where(apart, pair, own(bent))
+    second = jnp.where(apart, gone[:, None] + gone, gone)
+    return Estimate(value, jackknife(alone, estimates(a, b, first, second)), jnp.asarray(num_matvecs, jnp.int32))
+
+
+def jackknife(alone: Float[Array, " k"], pairs: Float[Array, "k k"]) -> Float[Array, ""]:
+    """The standard error of the mean of `alone`.
+
+    Args:
+        alone: the estimate that leaves j out.
+        pairs: in row i and column j the estimate that leaves j out, of those made without i.
+    """
+    k = alone.size
+    others = ~jnp.eye(k, dtype=bool)
+    without = jnp.sum(jnp.where(others, pairs, 0), axis=1) / (k - 1)
+    variance = (k - 1) / k * jnp.sum((without - jnp.mean(without)) ** 2)
+    return lax.stop_gradient(jnp.maximum(jnp.sqrt(variance), rounding_of(alone)))

@@ -1,0 +1,181 @@
+"""Gauss quadrature for the spectral measures of random probes.
+
+The spectral measure of a unit vector z puts the weight (zᵀvᵢ)² on every eigenvalue λᵢ. The eigenvalues θⱼ of its
+Lanczos matrix T, with the squared first components of their eigenvectors, are the Gauss rule of that measure: it agrees
+with it on polynomials up to degree 2m - 1.
+"""
+
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from hessjax._vectors import scalar_dtype
+from hessjax.estimate._probes import in_batches, on_sphere
+from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonalize
+from hessjax.krylov._basis import Basis
+from hessjax.krylov._dense import sequential_eigh
+from hessjax.operators._operator import Operator, multiply
+from hessjax.operators._packing import Packed, Packing
+
+
+class Rules(eqx.Module):
+    """One quadrature rule per probe.
+
+    Attributes:
+        nodes: (probes, num_steps), ascending. Beyond the dimension of a probe's Krylov space they repeat the last.
+        weights: nonnegative, each probe's sum to one, and zero beyond that dimension.
+        radii: ‖A y - θ y‖ of the node's Ritz vector: an eigenvalue lies no further from the node.
+        coarse: nodes and weights of the rule from `Plan.coarse` steps, likewise; empty where none was wanted.
+    """
+
+    nodes: Float[Array, "probes num_steps"]
+    weights: Float[Array, "probes num_steps"]
+    radii: Float[Array, "probes num_steps"]
+    coarse: tuple[Array, ...]
+
+
+class Plan(eqx.Module):
+    """What is static about a run.
+
+    Attributes:
+        num_steps: of each probe.
+        batch: how many probes run together.
+        packing: of the operator's leaves.
+        coarse: the steps of a shorter rule that tells of the quadrature error, if one is wanted.
+    """
+
+    num_steps: int = eqx.field(static=True)
+    batch: int = eqx.field(static=True)
+    packing: Packing
+    coarse: int | None = eqx.field(static=True, default=None)
+
+
+def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> Rules:
+    """The Gauss rules of probes drawn from the unit sphere, one per key, `plan.batch` of them at a time.
+
+    Nodes and weights have derivatives with respect to A's arrays, for which see `_rules_jvp`.
+
+    Args:
+        op: A, on plain vectors.
+        keys: one per probe.
+        removed: orthonormal vectors whose complement is meant; see `tridiagonalize`. Held fixed by derivatives.
+        plan: see `Plan`.
+    """
+    nodes, weights, radii, *coarse = _rules(op, keys, lax.stop_gradient(removed), plan)
+    return Rules(nodes, weights, radii, tuple(coarse))
+
+
+def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Tridiagonals, Basis]:
+    packed = Packed(op, plan.packing)
+    starts = jax.vmap(partial(on_sphere, structure=packed.structure))(keys)
+    return tridiagonalize(packed, starts, plan.num_steps, removed)
+
+
+@eqx.filter_custom_jvp
+def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Array, ...]:
+    def batch(keys: Array) -> tuple[Array, ...]:
+        matrices = _run(op, keys, removed, plan)[0]
+        return (*jax.vmap(_gauss)(matrices)[:3], *_coarse(matrices, plan))
+
+    return in_batches(batch, keys, plan.batch)
+
+
+def _coarse(matrices: Tridiagonals, plan: Plan) -> tuple[Array, ...]:
+    """Nodes and weights from the leading part of T, if wanted."""
+    return () if plan.coarse is None else jax.vmap(_gauss)(matrices.leading(plan.coarse))[:2]
+
+
+def _gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
+    """Nodes, weights, radii and eigenvectors of one probe's T."""
+    size = matrix.diagonal.size
+    live = jnp.arange(size) < matrix.steps
+    dense = jnp.diag(matrix.diagonal) + jnp.diag(matrix.off_diagonal, 1) + jnp.diag(matrix.off_diagonal, -1)
+    peak = jnp.max(jnp.abs(dense))
+    unit = jnp.where(peak > 0, peak, 1)
+    # No row of T / unit sums to more than 3, so 4 sorts behind every node.
+    dense = dense / unit + jnp.diag(jnp.where(live, 0, jnp.asarray(4, dense.dtype)))
+    values, vectors = sequential_eigh(dense)
+    vectors = jnp.where(live[:, None] & live[None, :], vectors, 0)
+    last = jnp.maximum(matrix.steps - 1, 0)
+    nodes = jnp.where(live, values, jnp.where(matrix.steps > 0, values[last], 0)) * unit
+    weights = vectors[0] ** 2
+    weights = weights / jnp.sum(weights)
+    radii = jnp.where(live, jnp.abs(vectors[last]) * matrix.residual_norm, 0)
+    return nodes, weights, radii, vectors
+
+
+@_rules.def_jvp
+def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The derivative of Σ wⱼ f(θⱼ) is Σ sᵢ sⱼ f[θᵢ, θⱼ] yᵢᵀ (∂A) yⱼ, with s² = w and yᵢ the Ritz vectors.
+
+    f[x, y] is the divided difference. That is the Krylov approximation of zᵀ ∂f(A) z, and no approximation where f is a
+    polynomial of degree at most m. The products with ∂A run once more over the probes' bases, which are computed anew
+    batch by batch, in the backward pass as well: the memory is that of one batch.
+    """
+    op, keys, removed, plan = primals
+    op = _first_order(op)
+
+    @jax.checkpoint
+    def batch(keys: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        fixed, rest = eqx.partition(op, eqx.is_array)
+        matrices, basis = _run(eqx.combine(lax.stop_gradient(fixed), rest), keys, removed, plan)
+        rows = jtu.tree_map(lambda leaf: jnp.swapaxes(leaf, 0, 1), jax.vmap(Basis.stack)(basis))
+
+        def images(op: Operator) -> PyTree:
+            packed = Packed(op, plan.packing)
+            return lax.map(jax.vmap(partial(multiply, packed)), rows)
+
+        _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
+        nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(_gauss)(matrices))
+        slopes = jax.vmap(_slopes)(nodes, vectors, _pairings(rows, changes))
+        shorter = lax.stop_gradient(_coarse(matrices, plan))
+        constant = jtu.tree_map(jnp.zeros_like, (radii, *shorter))
+        return (nodes, weights, radii, *shorter), (*slopes, *constant)
+
+    return in_batches(batch, keys, plan.batch)
+
+
+def _pairings(rows: PyTree, images: PyTree) -> Float[Array, "probes num_steps num_steps"]:
+    """qᵢᵀ xⱼ for each probe; leaves are (num_steps, probes, ...)."""
+    dtype = scalar_dtype(rows)
+
+    def pair(row: Array, image: Array) -> Array:
+        axes = tuple(range(2, row.ndim))
+        parts = lax.dot_general(
+            row, image, ((axes, axes), ((1,), (1,))), precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+        )
+        return parts.astype(dtype)
+
+    parts = jtu.tree_leaves(jtu.tree_map(pair, rows, images))
+    return sum(parts, jnp.zeros((), dtype))
+
+
+def _slopes(nodes: Array, vectors: Array, change: Array) -> tuple[Array, Array]:
+    """Derivatives of a probe's nodes and weights, from that of QᵀAQ."""
+    change = vectors.T @ ((change + change.T) / 2) @ vectors
+    first = vectors[0]
+    gaps = nodes[:, None] - nodes[None, :]
+    # Not by the gap alone: fused arithmetic leaves a rounding error where a node is taken from itself.
+    live = jnp.any(vectors != 0, axis=0)
+    apart = ~jnp.eye(first.size, dtype=bool) & live & live[:, None] & (gaps != 0)
+    ratios = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
+    return jnp.diagonal(change), 2 * first * (ratios @ first)
+
+
+@eqx.filter_custom_jvp
+def _first_order(op: Operator) -> Operator:
+    """`op`, refusing a second derivative: the first one holds the Ritz vectors fixed."""
+    return op
+
+
+@_first_order.def_jvp
+def _first_order_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    if jtu.tree_leaves(tangents):
+        raise ValueError("`spectral_density` has no second derivatives, only first ones.")
+    return primals[0], tangents[0]

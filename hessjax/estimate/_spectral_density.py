@@ -1,0 +1,144 @@
+"""`spectral_density`: stochastic Lanczos quadrature."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from hessjax._vectors import as_vector, scalar_dtype
+from hessjax.estimate._density import Density
+from hessjax.estimate._door import at_least, needs_entries, needs_key
+from hessjax.estimate._measure import extents
+from hessjax.estimate._memory import probes_together
+from hessjax.estimate._quadrature import Plan, gauss_rules
+from hessjax.operators._operator import Operator, as_operator
+from hessjax.operators._packing import Packing
+
+
+def spectral_density(
+    op: Operator | Any,
+    key: Any,
+    *,
+    num_probes: Any = 10,
+    num_steps: Any = 100,
+    outliers: Any = None,
+    probe_batch: Any = None,
+    like: PyTree | None = None,
+) -> Density:
+    """The distribution of all eigenvalues, by stochastic Lanczos quadrature.
+
+    Every probe is a random unit vector z, and its Gauss rule, from num_steps steps of the Lanczos iteration with full
+    reorthogonalization, estimates without bias zᵀp(A)z, whose mean is tr p(A) / n, for polynomials p of degree below
+    2 num_steps. Costs num_probes · num_steps products, one per probe in each batched product, and memory for num_steps
+    vectors per probe of a batch.
+
+    Works inside `jit`, `vmap` and `grad`. Nodes and weights are differentiable once with respect to the operator's
+    arrays, in forward and reverse mode; a gradient costs three times as many products, and no more memory.
+
+    Args:
+        op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
+        key: draws the probes.
+        num_probes: at least 1, and at least 2 for standard errors. These shrink as 1 / √num_probes.
+        num_steps: at least 1. The resolution improves as 1 / num_steps. Above the operator's size n it is clamped to n:
+            there the nodes are the eigenvalues.
+        outliers: known eigenpairs, as `hj.eigsh` returns them. The probes are taken orthogonal to those that converged,
+            and these come back as exact atoms of mass 1 / n. What is rare and far out is then free of chance: a few
+            outliers are most of a classifier's trace, and most of the variance of its estimate.
+        probe_batch: how many probes run together. None for as many as an eighth of the device's memory holds the bases
+            of. The result does not depend on it, but for rounding.
+        like: a pytree shaped as the vectors, when `op` is a plain function.
+
+    Returns:
+        A `Density`: nodes and weights (num_probes, min(num_steps, n)), with k more columns if there are k outliers.
+
+    Raises:
+        ValueError: a number is below 1, the operator has no entries, or `outliers` do not fit it.
+        TypeError: `op` is not an operator, `key` is no key, or a number is not an integer.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.linspace(0.0, 1.0, 500) * v, like=jnp.zeros(500))
+        >>> density = hj.spectral_density(A, jax.random.key(0), num_steps=30)
+        >>> half = density.count(0.0, 0.5)
+        >>> bool(abs(half.value - 250) < 4 * half.stderr)
+        True
+
+    Source: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature,
+    doi:10.1137/16M1104974; Chen, Trogdon and Ubaru, Analysis of stochastic Lanczos quadrature for spectrum
+    approximation, arXiv:2105.06595.
+    """
+    op = as_operator(op, like)
+    caller = "spectral_density"
+    num_probes = at_least(1, "num_probes", num_probes, caller)
+    num_steps = at_least(1, "num_steps", num_steps, caller)
+    batch = None if probe_batch is None else at_least(1, "probe_batch", probe_batch, caller)
+    needs_key(key, "spectral_density")
+    needs_entries(op, "spectral_density")
+    num_steps = min(num_steps, op.size)
+    known = None if outliers is None else _known(op, outliers)
+    plan = Plan(num_steps, probes_together(op, num_probes, num_steps, batch), Packing.of(op.like))
+    return _spectral_density(op, key, known, num_probes, plan)
+
+
+class Known(eqx.Module):
+    """Eigenpairs taken as exact, in the vectors' own structure.
+
+    Attributes:
+        values: (k,).
+        vectors: leading axis k; zero where a pair is not taken.
+        taken: (k,), which pairs are.
+    """
+
+    values: Float[Array, " k"]
+    vectors: PyTree[Float[Array, "k ..."]]
+    taken: Array
+
+
+def _known(op: Operator, pairs: Any) -> Known:
+    """Checks `outliers`, and leaves out what has not converged."""
+    if not hasattr(pairs, "eigenvalues") or not hasattr(pairs, "eigenvectors"):
+        raise TypeError(f"`outliers` must have `eigenvalues` and `eigenvectors`, got {type(pairs).__name__}.")
+    if pairs.eigenvectors is None:
+        raise ValueError("`outliers` has no eigenvectors: it was computed with `return_eigenvectors=False`.")
+    values = jnp.asarray(pairs.eigenvalues, scalar_dtype(op.structure))
+    if values.ndim != 1 or values.size >= op.size:
+        raise ValueError(
+            f"`outliers` must have between 1 and {op.size - 1} eigenvalues on one axis, got shape {values.shape}."
+        )
+    block = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct((values.size, *leaf.shape), leaf.dtype), op.structure)
+    vectors = as_vector(pairs.eigenvectors, block, "outliers.eigenvectors")
+    taken = jnp.asarray(getattr(pairs, "converged", jnp.ones(values.shape, bool)))
+    masked = jtu.tree_map(lambda leaf: jnp.where(taken.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), vectors)
+    return Known(jnp.where(taken, values, 0), masked, taken)
+
+
+@eqx.filter_jit
+def _spectral_density(op: Operator, key: PRNGKeyArray, known: Known | None, num_probes: int, plan: Plan) -> Density:
+    keys = jax.random.split(key, num_probes)
+    removed = None if known is None else plan.packing.pack(known.vectors, batch=1)
+    rules = gauss_rules(op, keys, removed, plan)
+    below, above = jax.vmap(extents)(rules.nodes, rules.weights, rules.radii)
+    spent = jnp.asarray(num_probes * plan.num_steps, jnp.int32)
+    density = Density(rules.nodes, rules.weights, below, above, op.size, spent)
+    return density if known is None else _with_atoms(density, known)
+
+
+def _with_atoms(density: Density, known: Known) -> Density:
+    """The distribution on the complement, with the known eigenvalues put back as atoms of mass 1 / n."""
+    n, (probes, _) = density.size, density.nodes.shape
+    taken = jnp.sum(known.taken)
+
+    def append(inner: Array, outer: Array) -> Array:
+        return jnp.concatenate([inner, jnp.broadcast_to(outer, (probes, outer.size)).astype(inner.dtype)], axis=1)
+
+    zeros = jnp.zeros_like(known.values)
+    # What is not taken has no weight; it stands at a node, so that nothing is seen where nothing is.
+    nodes = append(density.nodes, jnp.where(known.taken, known.values, density.nodes[0, 0]))
+    weights = append(density.weights * ((n - taken) / n), known.taken / n)
+    below, above = append(density.below, zeros), append(density.above, zeros)
+    order = jnp.argsort(nodes, axis=1)
+    nodes, weights, below, above = (jnp.take_along_axis(part, order, axis=1) for part in (nodes, weights, below, above))
+    return Density(nodes, weights, below, above, n, density.num_matvecs)

@@ -1,0 +1,84 @@
+"""Single numbers that a density tells, each with its error and at no further product."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax.estimate._density import Density
+from hessjax.estimate._result import Estimate, scaled
+
+
+def effective_dimension(density: Density, damping: Any) -> Estimate:
+    """Σᵢ λᵢ / (λᵢ + damping): how many directions the data determine better than a prior of that precision.
+
+    Args:
+        density: of an operator whose eigenvalues all exceed -damping.
+        damping: a positive number; far above the rounding of a product, eps · λmax.
+
+    Returns:
+        A scalar; the standard error covers the draw of the probes. Directions far below `damping` count for nothing, so
+        num_steps must resolve the spectrum on the scale of `damping`.
+
+    Source: MacKay, Bayesian interpolation, doi:10.1162/neco.1992.4.3.415.
+    """
+    damping = jnp.asarray(damping, density.nodes.dtype)
+    return scaled(density.mean_of(lambda x: x / (x + damping)), density.size)
+
+
+def nuclear_norm(density: Density) -> Estimate:
+    """Σᵢ |λᵢ|."""
+    return scaled(density.mean_of(jnp.abs), density.size)
+
+
+def stable_rank(density: Density) -> Estimate:
+    """‖A‖²_F / ‖A‖²: the number of eigenvalues, each counted by its square relative to the largest.
+
+    ‖A‖ is taken to be the largest |node|, which lies within ‖A‖ and reaches it after a few dozen steps; the standard
+    error covers the draw of the probes in ‖A‖_F.
+    """
+    peak = _peak(density)
+    return scaled(density.mean_of(lambda x: (x / peak) ** 2), density.size)
+
+
+def num_negative(density: Density, tol: Any = None) -> Estimate:
+    """The number of eigenvalues below -tol: the index of a critical point.
+
+    Args:
+        density: of any operator.
+        tol: a number of at least 0; None for 16 rounding units of the largest |node|. A trained network has most of its
+            eigenvalues near 0, on both sides: which of them count is for `tol` to say.
+    """
+    peak = _peak(density)
+    tol = 16 * jnp.finfo(peak.dtype).eps * peak if tol is None else jnp.asarray(tol, peak.dtype)
+    # `count` takes in what lies within rounding of its ends.
+    return density.count(-jnp.inf, -tol - 32 * jnp.finfo(peak.dtype).eps * peak)
+
+
+def spectral_entropy(density: Density) -> Estimate:
+    """-Σᵢ pᵢ log pᵢ with pᵢ = |λᵢ| / Σⱼ |λⱼ|, between 0 and log n; its exponential is another effective rank.
+
+    The standard error is a jackknife over the probes.
+
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
+    """
+    peak = _peak(density)
+
+    def size(x: Array) -> Array:
+        return jnp.abs(x) / peak
+
+    def surprise(x: Array) -> Array:
+        y = size(x)
+        return y * jnp.log(jnp.where(y > 0, y, 1))
+
+    def entropy(mass: Array, weighted: Array) -> Array:
+        return jnp.log(density.size * mass) - weighted / mass
+
+    return density.function_of_means((size, surprise), entropy)
+
+
+def _peak(density: Density) -> Array:
+    """The largest |node|, 1 if all are 0."""
+    low, high = density.ends
+    peak = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return jnp.where(peak > 0, peak, 1)

@@ -1,0 +1,70 @@
+"""What is converted, as PyTorch sees it: the module in private, and a few examples."""
+
+import copy
+from typing import Any
+
+import jax.tree_util as jtu
+import numpy as np
+import torch
+from jaxtyping import PyTree
+
+from hessjax.interop._parity import take
+from hessjax.interop._torch._data import to_tensor
+from hessjax.interop._torch._export import Unrolled
+from hessjax.interop._torch._lowered import arguments
+from hessjax.interop._torch._reference import eager_outputs
+
+_EXAMPLES = 8  # on which port and source are compared
+
+
+class Source:
+    """A private copy of the user's module in eval mode, and a few of the examples as tensors."""
+
+    def __init__(self, module: Any, inputs: PyTree, targets: PyTree, select: Any, kwargs: dict[str, Any]):
+        try:
+            self.module = copy.deepcopy(module).eval()
+        except Exception as error:
+            raise ValueError(f"The module cannot be copied (`copy.deepcopy` fails: {error}).") from error
+        self.arguments = jtu.tree_structure(arguments(inputs))
+        self.select, self.kwargs = select, kwargs
+        leaves = jtu.tree_leaves(inputs)
+        lengths = {np.shape(leaf)[0] if np.ndim(leaf) else -1 for leaf in leaves}
+        if len(lengths) != 1 or -1 in lengths:
+            raise ValueError(
+                f"Inputs must be arrays with one leading length, got shapes {[np.shape(x) for x in leaves]}."
+            )
+        self.count = min(next(iter(lengths)), _EXAMPLES)
+        self.inputs, self.targets = (take(tree, 0, self.count) for tree in (inputs, targets))
+        self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
+        self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
+        self.outputs = eager_outputs(self.unrolled, self.leaves)
+        self.result = self.unrolled.result
+
+    def alias(self, target: str) -> str:
+        """The name of a parameter or buffer in the user's module, the first where it has several."""
+        name = target.removeprefix("module.")
+        if not hasattr(self, "_first"):
+            first: dict[int, str] = {}
+            every = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers()]
+            self._first = {n: first.setdefault(id(t), n) for n, t in every}
+        return self._first.get(name, name)
+
+    def doubled(self) -> "Source":
+        """The same in float64."""
+        wide = copy.copy(self)
+        wide.module = copy.deepcopy(self.module).double()
+        wide.leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
+        wide.unrolled = Unrolled(wide.module, self.arguments, self.select, self.kwargs)
+        wide.outputs = eager_outputs(wide.unrolled, wide.leaves)
+        return wide
+
+
+def torch_loss(loss: Any, source: Source) -> torch.Tensor:
+    outputs = jtu.tree_unflatten(source.result, source.outputs)
+    like = [leaf for leaf in source.outputs if leaf.is_floating_point()]
+    targets = jtu.tree_map(lambda leaf: _at_width_of(to_tensor(leaf), like), source.targets)
+    return loss(outputs, targets)
+
+
+def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+    return target.to(outputs[0].dtype) if target.is_floating_point() and outputs else target
