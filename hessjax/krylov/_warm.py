@@ -66,13 +66,16 @@ class Warm(Iteration):
     def _settle(
         self, state: State, verdict: Verdict, looked: Bool[Array, ""], limit: Scalar
     ) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
-        """Whether the wanted pairs have settled, and whether that is enough without a certificate."""
+        """Whether the wanted pairs have settled, and whether that is enough without a certificate.
+
+        It is not once a certificate has been begun: what made it raise an alarm may not be all that was missed.
+        """
         del limit
-        settled = looked & verdict.settled & ~jnp.any(state.frontier[: self.rows])
+        settled = looked & verdict.settled & ~state.digging & ~jnp.any(state.frontier[: self.rows])
         values = state.ritz.values[verdict.wanted]
         still = jnp.all(jnp.abs(values - self.expected) <= _MOVED * jnp.max(jnp.abs(values)))
         quick = state.num_matvecs <= _PATIENCE * self.rows
-        return settled, settled & still & quick & ~self.certify
+        return settled, settled & still & quick & ~self.certify & (state.probe.steps == 0)
 
     def _urgency(self, state: State, verdict: Verdict) -> Float[Array, " rows"]:
         """Start rows come first."""
@@ -119,7 +122,7 @@ def warm_eigenpairs(
     finite = (state.status != BROKEN) & jnp.all(jnp.isfinite(verdict.residuals))
     chosen = jnp.concatenate([verdict.wanted, state.order[k:rows]])
     found = packing.unpack(_fix_signs(basis.combine(state.ritz.vectors[:, chosen], state.live)), batch=1)
-    proved = (state.probe.spent > 0) | (jnp.sum(state.expanded) >= op.size)
+    proved = (state.probe.steps > 0) | (jnp.sum(state.expanded) >= op.size)
     return WarmPairs(
         jnp.where(finite, state.ritz.values[verdict.wanted], jnp.nan),
         jnp.where(finite, verdict.residuals, jnp.inf),
