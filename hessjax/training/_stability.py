@@ -30,7 +30,8 @@ def edge_of_stability(
     """The largest eigenvalue at which an optimizer is stable on a quadratic.
 
     An optimizer with the coefficients (b, p, q) takes the steps -η (p g + q m) with m ← b m + g. On the loss λw²/2 its
-    iterates shrink up to λ = (1 + b) / η · min(2 / (p (1 + b) + q), 1 / (p b)); beyond, they grow.
+    iterates shrink up to ηλ = 2 (1 + b) / (p (1 + b) + q), or to (1 + b) / (p b) if that is less, for b, p, q ≥ 0;
+    beyond, they grow. Negative coefficients are allowed as well.
 
     | name | coefficients | threshold | to compare with |
     |---|---|---|---|
@@ -46,7 +47,7 @@ def edge_of_stability(
         momentum: b of the named optimizers; Adam's b1.
 
     Returns:
-        The threshold, shaped as `learning_rate`.
+        The threshold, shaped as `learning_rate`. Zero if they never shrink.
 
     Raises:
         ValueError: the name is not known, or there are not three coefficients.
@@ -71,6 +72,13 @@ def edge_of_stability(
     if len(optimizer) != 3:
         raise ValueError(f"`optimizer` must have three coefficients (b, p, q), got {len(optimizer)}.")
     b, p, q = (jnp.asarray(c, jnp.result_type(float)) for c in optimizer)
-    flips = 2 / (p * (1 + b) + q)  # a root of the characteristic polynomial leaves the unit circle at -1
-    spirals = jnp.where(p * b > 0, 1 / jnp.where(p * b > 0, p * b, 1), jnp.inf)  # two leave it as a pair
-    return (1 + b) / jnp.asarray(learning_rate) * jnp.minimum(flips, spirals)
+    # z² - (1 + b - ηλ (p + q)) z + b (1 - ηλ p) has both roots in the unit circle: none at -1, none at 1, no pair on it.
+    flips = _bound(2 * (1 + b), p * (1 + b) + q)
+    spirals = jnp.minimum(_bound(1 + b, p * b), _bound(1 - b, -p * b))
+    stable = (jnp.abs(b) < 1) & (p * (1 - b) + q > 0)
+    return jnp.where(stable, jnp.minimum(flips, spirals), 0) / jnp.asarray(learning_rate)
+
+
+def _bound(limit: Array, slope: Array) -> Array:
+    """The largest x with slope · x ≤ limit; infinite if any will do."""
+    return jnp.where(slope > 0, limit / jnp.where(slope > 0, slope, 1), jnp.inf)

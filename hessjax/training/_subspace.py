@@ -20,8 +20,10 @@ def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> 
     return sum(parts[1:], parts[0])
 
 
-def overlap(vector: PyTree, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:
-    """‖Qᵀu‖² / ‖u‖² for orthonormal rows Q: the share of u that lies in their span. NaN for u = 0."""
+def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:
+    """‖Qᵀu‖² / ‖u‖² for orthonormal rows Q: the share of u that lies in their span. NaN for u = 0, and for None."""
+    if vector is None:
+        return jnp.full((), jnp.nan, scalar_dtype(basis))
     size = norm(vector)
     unit = jtu.tree_map(lambda leaf: leaf[None], divide(vector, size))
     return jnp.where(size > 0, jnp.sum(jnp.square(gram(basis, unit))), jnp.nan)
