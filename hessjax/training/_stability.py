@@ -24,9 +24,7 @@ _ALIASES = {
 }
 
 
-def edge_of_stability(
-    optimizer: str | Coefficients, learning_rate: ArrayLike, *, momentum: ArrayLike = 0.9
-) -> Array:
+def edge_of_stability(optimizer: str | Coefficients, learning_rate: ArrayLike, *, momentum: ArrayLike = 0.9) -> Array:
     """The largest eigenvalue at which an optimizer is stable on a quadratic.
 
     An optimizer with the coefficients (b, p, q) takes the steps -η (p g + q m) with m ← b m + g. On the loss λw²/2 its
@@ -72,7 +70,7 @@ def edge_of_stability(
     if len(optimizer) != 3:
         raise ValueError(f"`optimizer` must have three coefficients (b, p, q), got {len(optimizer)}.")
     b, p, q = (jnp.asarray(c, jnp.result_type(float)) for c in optimizer)
-    # z² - (1 + b - ηλ (p + q)) z + b (1 - ηλ p) has both roots in the unit circle: none at -1, none at 1, no pair on it.
+    # z² - (1 + b - ηλ (p + q)) z + b (1 - ηλ p) has both roots in the unit circle: none at ±1, and no pair on it.
     flips = _bound(2 * (1 + b), p * (1 + b) + q)
     spirals = jnp.minimum(_bound(1 + b, p * b), _bound(1 - b, -p * b))
     stable = (jnp.abs(b) < 1) & (p * (1 - b) + q > 0)

@@ -1,5 +1,7 @@
 """How the space of the top eigenvectors turns from one measurement to the next, and what lies in it."""
 
+import functools
+
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
@@ -17,7 +19,7 @@ def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> 
         return contract(a, b, (axes, axes), dtype).astype(dtype)
 
     parts = jtu.tree_leaves(jtu.tree_map(part, x, y))
-    return sum(parts[1:], parts[0])
+    return functools.reduce(jnp.add, parts)
 
 
 def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:

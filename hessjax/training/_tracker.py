@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from hessjax._function import Function, as_function, as_integer, check_key
-from hessjax._vectors import scalar_dtype, select, size_of, structure_of
+from hessjax._vectors import select, size_of, structure_of
 from hessjax.krylov._warm import WHICH, WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, adam_preconditioner, hvp, precondition
 from hessjax.training._state import CurvatureState, initial_state
@@ -30,7 +30,7 @@ def track_curvature(
     which: str = "LA",
     preconditioner: str | Callable[[Any], PyTree] | None = None,
     operator: Callable[..., Operator] | None = None,
-    tol: Any = 3e-3,
+    tol: Any = 4e-3,
     certify: Any = 20,
     history: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -100,7 +100,7 @@ def track_curvature(
     """
     settings = Settings.of(loss, key, k, every, which, preconditioner, operator, tol, certify, history)
 
-    def init(params: optax.Params) -> CurvatureState:
+    def init(params: optax.Params) -> optax.OptState:
         n = size_of(structure_of(params))
         if settings.k > n:
             raise ValueError(f"`track_curvature` needs `k` <= {n}, the number of parameters, got {settings.k}.")
@@ -108,14 +108,14 @@ def track_curvature(
 
     def update(
         updates: optax.Updates,
-        state: CurvatureState,
+        state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        batch: tuple[Any, ...] | None = None,
+        batch: Any = None,
         opt_state: Any = None,
         grad: optax.Updates | None = None,
         **_: Any,
-    ) -> tuple[optax.Updates, CurvatureState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         if params is None:
             raise ValueError(
                 "`track_curvature` measures at the parameters, got `params=None`. Call "

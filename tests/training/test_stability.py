@@ -58,7 +58,9 @@ def linear(b, p, q):
 def test_optimizers_shrink_below_the_threshold_and_grow_above(name, x64):
     optimizer = OPTIMIZERS[name] or linear(*name)
     threshold = hj.edge_of_stability(name, RATE, momentum=MOMENTUM)
-    below, above = jax.jit(jax.vmap(lambda curvature: growth(optimizer, curvature)))(threshold * jnp.array([0.97, 1.03]))
+    below, above = jax.jit(jax.vmap(lambda curvature: growth(optimizer, curvature)))(
+        threshold * jnp.array([0.97, 1.03])
+    )
     assert below < 0.5
     assert above > 2
 
