@@ -11,10 +11,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._function import Function, as_function, as_integer, check_key
 from hessjax._vectors import select, size_of, structure_of
-from hessjax.krylov._warm import WHICH, WarmPairs, warm_eigenpairs
-from hessjax.operators import Operator, adam_preconditioner, hvp, precondition
+from hessjax.krylov._warm import WarmPairs, warm_eigenpairs
+from hessjax.operators import Operator, hvp, precondition
+from hessjax.training._settings import Settings
 from hessjax.training._state import CurvatureState, initial_state
 from hessjax.training._subspace import gram, overlap, principal_angles
 
@@ -100,7 +100,7 @@ def track_curvature(
     """
     settings = Settings.of(loss, key, k, every, which, preconditioner, operator, tol, certify, history)
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
         n = size_of(structure_of(params))
         if settings.k > n:
             raise ValueError(f"`track_curvature` needs `k` <= {n}, the number of parameters, got {settings.k}.")
@@ -108,14 +108,14 @@ def track_curvature(
 
     def update(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         batch: Any = None,
         opt_state: Any = None,
         grad: optax.Updates | None = None,
         **_: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
+    ) -> tuple[optax.Updates, Any]:
         if params is None:
             raise ValueError(
                 "`track_curvature` measures at the parameters, got `params=None`. Call "
@@ -136,70 +136,6 @@ def track_curvature(
         return updates, _follow(settings, state, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class Settings(eqx.Module):
-    """What a tracker was asked for, checked. The functions' arrays are leaves; everything else is static."""
-
-    loss: Function | None
-    operator: Function | None
-    preconditioner: Function | None
-    implementation: Any = eqx.field(static=True)
-    k: int = eqx.field(static=True)
-    every: int = eqx.field(static=True)
-    which: str = eqx.field(static=True)
-    tol: float = eqx.field(static=True)
-    certify: int = eqx.field(static=True)
-    history: int = eqx.field(static=True)
-
-    @classmethod
-    def of(
-        cls,
-        loss: Any,
-        key: Any,
-        k: Any,
-        every: Any,
-        which: str,
-        preconditioner: Any,
-        operator: Any,
-        tol: Any,
-        certify: Any,
-        history: Any,
-    ) -> "Settings":
-        """Raises ValueError or TypeError in the caller's words."""
-        if (loss is None) == (operator is None):
-            which_came = "neither" if loss is None else "both"
-            raise ValueError(f"`track_curvature` needs either a `loss` or an `operator=`, got {which_came}.")
-        if which not in WHICH:
-            raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-        counts = {"k": (k, 1), "every": (every, 1), "certify": (certify, 1), "history": (history, 0)}
-        for name, (value, least) in counts.items():
-            if as_integer(name, value) < least:
-                raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
-        if not 0 < float(tol) < 1:
-            raise ValueError(f"`track_curvature` needs 0 < `tol` < 1, got {tol}.")
-        if preconditioner == "from_opt_state":
-            preconditioner = adam_preconditioner
-        if not (preconditioner is None or callable(preconditioner)):
-            raise ValueError(
-                "`preconditioner` must be None, 'from_opt_state', or a function from an optax state to D, got "
-                f"{preconditioner!r}."
-            )
-        if key is None:
-            raise TypeError("`track_curvature` needs a `key`, such as `jax.random.key(0)`, got None.")
-        check_key(key, "track_curvature")
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        functions = (None if f is None else as_function(f) for f in (loss, operator, preconditioner))
-        return cls(
-            *functions,
-            implementation=jax.random.key_impl(key) if typed else None,
-            k=as_integer("k", k),
-            every=as_integer("every", every),
-            which=which,
-            tol=float(tol),
-            certify=as_integer("certify", certify),
-            history=as_integer("history", history),
-        )
 
 
 class Measured(eqx.Module):
@@ -274,7 +210,7 @@ def _record(
 
 
 def _operator(settings: Settings, given: Measured) -> Operator:
-    build = settings.operator if settings.loss is None else hvp(settings.loss)
+    build = settings.function if settings.builds else hvp(settings.function)
     op = build(given.params, *given.batch)
     if op.structure != structure_of(given.params):
         raise ValueError(

@@ -76,7 +76,7 @@ def test_optimizers_that_are_never_stable():
 
 
 def test_errors_name_the_optimizer_and_the_coefficients():
-    with pytest.raises(ValueError, match="adam.*got 'lion'"):
+    with pytest.raises(ValueError, match=r"adam.*got 'lion'"):
         hj.edge_of_stability("lion", 0.1)
-    with pytest.raises(ValueError, match="three coefficients.*got 2"):
+    with pytest.raises(ValueError, match=r"three coefficients.*got 2"):
         hj.edge_of_stability((0.9, 1.0), 0.1)
