@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from hessjax._function import Function, as_function, as_integer, check_key
 from hessjax.krylov._warm import WHICH
@@ -16,12 +17,14 @@ class Settings(eqx.Module):
 
     Attributes:
         function: the loss, or what builds the operator if `builds`.
+        grow_above: a scalar, or None.
         implementation: that of a typed key, None for a raw one.
     """
 
     function: Function
     builds: bool = eqx.field(static=True)
     preconditioner: Function | None
+    grow_above: Array | None
     implementation: Any = eqx.field(static=True)
     k: int = eqx.field(static=True)
     every: int = eqx.field(static=True)
@@ -40,6 +43,7 @@ class Settings(eqx.Module):
         which: str,
         preconditioner: Any,
         operator: Any,
+        grow_above: Any,
         tol: Any,
         certify: Any,
         history: Any,
@@ -56,6 +60,14 @@ class Settings(eqx.Module):
                 raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
         if not 0 < float(tol) < 1:
             raise ValueError(f"`track_curvature` needs 0 < `tol` < 1, got {tol}.")
+        if grow_above is not None:
+            if which != "LA":
+                raise ValueError(f'`grow_above` goes with `which="LA"`, got {which!r}.')
+            if not eqx.is_array_like(grow_above) or jnp.ndim(grow_above) != 0 or jnp.iscomplexobj(grow_above):
+                raise ValueError(
+                    "`grow_above` must be a real scalar, such as `hj.edge_of_stability('sgd', learning_rate)`, got "
+                    f"{grow_above!r}."
+                )
         if preconditioner == "from_opt_state":
             preconditioner = adam_preconditioner
         if not (preconditioner is None or callable(preconditioner)):
@@ -71,6 +83,7 @@ class Settings(eqx.Module):
             function=as_function(operator if loss is None else loss),
             builds=loss is None,
             preconditioner=None if preconditioner is None else as_function(preconditioner),
+            grow_above=None if grow_above is None else jnp.asarray(grow_above, float),
             implementation=jax.random.key_impl(key) if typed else None,
             k=as_integer("k", k),
             every=as_integer("every", every),

@@ -16,16 +16,19 @@ class CurvatureState(NamedTuple):
     Read it out of a nested optax state by name, as in `optax.tree.get(opt_state, "eigenvalues")`.
 
     Attributes:
-        eigenvalues: (k,), ascending. NaN before the first measurement, and where the loss was not finite.
+        eigenvalues: (k,), ascending; the last is always measured. NaN before the first measurement, where the loss was
+            not finite, and where `grow_above` asks for fewer than k pairs.
         eigenvectors: the parameters' structure with a leading axis k on every leaf. Orthonormal; the entry of largest
             magnitude is positive. Zero where the eigenvalues are NaN.
         residuals: (k,), ‖Hv - λv‖, absolute. Infinite where the eigenvalues are NaN.
+        num_tracked: how many eigenvalues are not NaN: the last so many.
         num_matvecs: products spent so far, those of certificates included.
         step: updates seen so far.
         measured: the `step` at which the eigenvalues were measured, at the parameters before that update; -1 for none.
         certified: the last measured step at which a certificate showed that no wanted eigenvalue was missed; -1.
         angles: (k,), the principal angles in radians between this space of eigenvectors and the one measured before
-            it, ascending; NaN where either is missing.
+            it, ascending; NaN where either is missing. Where their dimensions differ there are as many angles as the
+            smaller one has.
         gradient_overlap: the share of ‖g‖² that lies in the space of the eigenvectors, where g is the extra argument
             `grad=`, or else the updates that came in. NaN before a measurement.
         update_overlap: the same of the updates that came in, whatever `grad=` is.
@@ -41,6 +44,7 @@ class CurvatureState(NamedTuple):
     eigenvalues: Float[Array, " k"]
     eigenvectors: PyTree[Float[Array, "k ..."]]
     residuals: Float[Array, " k"]
+    num_tracked: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     step: Int[Array, ""]
     measured: Int[Array, ""]
@@ -73,6 +77,7 @@ def initial_state(params: PyTree, k: int, guards: int, history: int, key: PRNGKe
         eigenvalues=jnp.full(k, jnp.nan, dtype),
         eigenvectors=rows(k),
         residuals=jnp.full(k, jnp.inf, dtype),
+        num_tracked=integer(0),
         num_matvecs=integer(0),
         step=integer(0),
         measured=integer(-1),

@@ -32,7 +32,10 @@ def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scal
 
 
 def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k ..."]]) -> Float[Array, " k"]:
-    """The k principal angles in radians between the spans of two stacks of orthonormal vectors, ascending.
+    """The principal angles in radians between the spans of two stacks of k orthonormal vectors, ascending.
+
+    Rows may be zero. With p and q other rows there are min(p, q) angles, in the places that end at p if p < q, counted
+    from the k - q-th on; the other places are NaN.
 
     Each angle comes from its sine and its cosine both, since either alone loses half of the digits somewhere. The
     sines are the singular values of Y - X XᵀY.
@@ -40,5 +43,9 @@ def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k
     cosines = gram(x, y)
     outside = jtu.tree_map(lambda b, a: b - contract(cosines, a, (0, 0), cosines.dtype).astype(b.dtype), y, x)
     squares = sequential_eigh(gram(outside, outside))[0]
-    shared = sequential_eigh(contract(cosines, cosines, (0, 0), cosines.dtype))[0][::-1]
-    return jnp.arctan2(jnp.sqrt(jnp.maximum(squares, 0)), jnp.sqrt(jnp.maximum(shared, 0)))
+    empty = [jnp.diagonal(gram(rows, rows)) == 0 for rows in (x, y)]  # such a row of Y counts as one within X: angle 0
+    shared = contract(cosines, cosines, (0, 0), cosines.dtype) + jnp.diag(empty[1].astype(cosines.dtype))
+    cosines = jnp.sqrt(jnp.maximum(sequential_eigh(shared)[0][::-1], 0))
+    place = jnp.arange(empty[1].size) - jnp.sum(empty[1])
+    real = (place >= 0) & (place < jnp.sum(~empty[0]))
+    return jnp.where(real, jnp.arctan2(jnp.sqrt(jnp.maximum(squares, 0)), cosines), jnp.nan)

@@ -30,6 +30,7 @@ def track_curvature(
     which: str = "LA",
     preconditioner: str | Callable[[Any], PyTree] | None = None,
     operator: Callable[..., Operator] | None = None,
+    grow_above: Any = None,
     tol: Any = 4e-3,
     certify: Any = 20,
     history: Any = 0,
@@ -62,7 +63,7 @@ def track_curvature(
 
     Args:
         loss: `loss(params, *batch)`, a scalar. None if `operator` is given.
-        k: the number of eigenpairs.
+        k: the number of eigenpairs; with `grow_above` the most of them.
         key: the same key gives the same bits.
         every: updates from one measurement to the next.
         which: "LA" largest, "SA" smallest, "LM" largest magnitude, "BE" from both ends; as in `hj.eigsh`.
@@ -71,6 +72,9 @@ def track_curvature(
             state that the optimizer returned for this very gradient. An optimizer that the tracker shares a chain with
             can only give the state before: D is then one step old, and the first measurement NaN, as Adam has no D yet.
         operator: `(params, *batch) -> hj.Operator` on vectors shaped as the parameters, in place of `hj.hvp(loss)`.
+        grow_above: measure only the pairs with an eigenvalue above this scalar, and the next one below. So one pair
+            suffices until the sharpness comes to `hj.edge_of_stability(...)`, and others join it as they get there.
+            A traced scalar will do. Only with "LA".
         tol: a pair has converged when its residual is at most tol · |λ|. An eigenvalue's error is about the square of
             that, over the relative gap: with the default at most 4e-4 on digits at the edge of stability.
         certify: measurements from one unconditional certificate to the next. 1 for all.
@@ -98,7 +102,7 @@ def track_curvature(
         >>> optax.tree.get(state, "eigenvalues").tolist()
         [8.0]
     """
-    settings = Settings.of(loss, key, k, every, which, preconditioner, operator, tol, certify, history)
+    settings = Settings.of(loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, history)
 
     def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
         n = size_of(structure_of(params))
@@ -171,6 +175,7 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
         which=settings.which,
         tol=jnp.asarray(settings.tol, state.eigenvalues.dtype),
         certify=count % settings.certify == 0,
+        grow_above=None if settings.grow_above is None else settings.grow_above.astype(state.eigenvalues.dtype),
     )
     return _record(settings, state, given, pairs, last, count)
 
@@ -181,7 +186,7 @@ def _record(
     """The state after a measurement, which is the `count`-th."""
     k = settings.k
     vectors = jtu.tree_map(lambda leaf: leaf[:k], pairs.block)
-    known, failed = jnp.isfinite(state.eigenvalues[0]), ~jnp.isfinite(pairs.values[0])
+    known, failed = jnp.isfinite(state.eigenvalues[-1]), ~jnp.isfinite(pairs.values[-1])
     angles = principal_angles(state.eigenvectors, vectors)
     common = [jnp.sum(jnp.square(gram(vectors, jtu.tree_map(lambda leaf: leaf[:k], x)))) for x in (last, state.earlier)]
     grad = given.updates if given.grad is None else given.grad
@@ -193,6 +198,7 @@ def _record(
         eigenvalues=pairs.values,
         eigenvectors=vectors,
         residuals=pairs.residuals,
+        num_tracked=jnp.sum(~jnp.isnan(pairs.values), dtype=jnp.int32),
         num_matvecs=state.num_matvecs + pairs.num_matvecs,
         step=state.step,
         measured=state.step,

@@ -24,8 +24,7 @@ def quadratic(params, matrix):
     return jnp.dot(w, jnp.matmul(matrix, w, precision="highest")) / 2
 
 
-@functools.cache
-def program(**kwargs):
+def follow(matrices, **kwargs):
     """From a stack of matrices to the state after each, in one scan."""
     tracker = hj.track_curvature(quadratic, K, KEY, tol=TOL, **kwargs)
 
@@ -33,7 +32,17 @@ def program(**kwargs):
         state = tracker.update(PARAMS, state, PARAMS, batch=(matrix,))[1]
         return state, state
 
-    return jax.jit(lambda matrices: jax.lax.scan(step, tracker.init(PARAMS), matrices)[1])
+    return jax.lax.scan(step, tracker.init(PARAMS), matrices)[1]
+
+
+@functools.cache
+def program(**kwargs):
+    return jax.jit(functools.partial(follow, **kwargs))
+
+
+@functools.cache
+def growing(**kwargs):
+    return jax.jit(lambda matrices, threshold: follow(matrices, grow_above=threshold, **kwargs))
 
 
 def symmetric(rng, values):
@@ -114,3 +123,42 @@ def test_what_is_certified_is_right_on_spectra_with_nothing_to_find():
     assert sure[:3].all()
     np.testing.assert_allclose(states.eigenvalues[sure], truth(matrices)[sure], atol=1e-3)
     assert np.isfinite(states.residuals).all()
+
+
+@pytest.fixture
+def crossing(rng):
+    """Four eigenvalues that rise and fall past each other, in a basis that turns a little at every step."""
+    steps, turning = np.arange(STEPS), np.cumsum(rng.standard_normal((STEPS, N, N)), axis=0)
+    tops = [2 + 0.4 * steps, 1.9 + 0.3 * steps, 6 - np.abs(steps - 12), np.full(STEPS, 3.3)]
+    bulk = np.tile(rng.uniform(-1, 1, N - len(tops)), (STEPS, 1))
+    q = symmetric(rng, np.sign(rng.standard_normal(N)))
+    matrices = np.einsum("ij,tj,kj->tik", q, np.column_stack([bulk, *tops]), q)
+    return jnp.asarray(matrices + 0.01 * (turning + turning.swapaxes(1, 2)), jnp.float32)
+
+
+@pytest.mark.parametrize(("grow_above", "counts"), [(3.0, {2, 3}), (8.0, {1, 2, 3}), (100.0, {1})])
+def test_pairs_are_those_above_a_threshold_and_the_next(grow_above, counts, crossing):
+    exact = np.linalg.eigvalsh(np.asarray(crossing, np.float64))
+    want = np.minimum(np.sum(exact > grow_above, axis=1) + 1, K)
+    assert set(want) == counts
+    states = growing(certify=1)(crossing, grow_above)
+    held = np.arange(K) >= K - want[:, None]
+    np.testing.assert_array_equal(states.certified, np.arange(STEPS))
+    np.testing.assert_array_equal(states.num_tracked, want)
+    np.testing.assert_array_equal(np.isnan(states.eigenvalues), ~held)
+    np.testing.assert_array_equal(np.isinf(states.residuals), ~held)
+    np.testing.assert_allclose(states.eigenvalues[held], exact[:, -K:][held], rtol=3e-4)
+    v = vectors(states)
+    np.testing.assert_allclose(v @ v.swapaxes(1, 2), held[..., None] * np.eye(K), atol=1e-5)
+    angles = np.minimum(want[1:], want[:-1])
+    np.testing.assert_array_equal(np.sum(~np.isnan(states.angles[1:]), axis=1), angles)
+
+
+def test_pairs_below_the_threshold_cost_no_products(drifting):
+    everything, few = program()(drifting), growing()(drifting, 8.9)
+    np.testing.assert_allclose(few.eigenvalues[:, -1], truth(drifting)[:, -1], rtol=3e-4)
+    alone = np.asarray(few.num_tracked[1:] == 1)
+    assert alone.sum() > STEPS / 2
+    spent = [np.diff(states.num_matvecs)[alone] for states in (few, everything)]
+    assert np.all(spent[0] >= 2)
+    assert np.mean(spent[0]) < 0.7 * np.mean(spent[1])

@@ -31,3 +31,14 @@ def test_overlap_is_the_share_of_the_square(x64, rng):
     vector = {"a": given["a"][0], "b": tuple(leaf[0] for leaf in given["b"])}
     np.testing.assert_allclose(overlap(vector, stack(q.T)), np.sum((q.T @ u) ** 2) / np.sum(u**2))
     assert np.isnan(overlap(stack(np.zeros((1, 12)))["b"][1][0], stack(q.T)["b"][1]))
+
+
+@pytest.mark.parametrize(("p", "q"), [(1, 3), (3, 1), (2, 2), (0, 2)])
+def test_angles_of_stacks_that_are_partly_empty(p, q, x64, rng):
+    x, y = np.zeros((2, 3, 12))
+    x[3 - p :], y[3 - q :] = (np.linalg.qr(rng.standard_normal((12, 3)))[0].T[:rows] for rows in (p, q))
+    least = min(p, q)
+    want = np.full(3, np.nan)
+    if least:
+        want[3 - q : 3 - q + least] = subspace_angles(x[3 - p :].T, y[3 - q :].T)[::-1]
+    np.testing.assert_allclose(principal_angles(stack(x), stack(y)), want, rtol=1e-9)

@@ -280,6 +280,10 @@ def test_errors_at_the_door_name_the_remedy():
         hj.track_curvature(loss, 1, key, operator=lambda p: hj.hvp(loss)(p, *batch))
     with pytest.raises(ValueError, match="preconditioner"):
         hj.track_curvature(loss, 1, key, preconditioner="adam")
+    with pytest.raises(ValueError, match=r"grow_above.*'SA'"):
+        hj.track_curvature(loss, 1, key, grow_above=3.0, which="SA")
+    with pytest.raises(ValueError, match=r"grow_above.*'2/lr'"):
+        hj.track_curvature(loss, 1, key, grow_above="2/lr")
     with pytest.raises(TypeError, match="every"):
         hj.track_curvature(loss, 1, key, every=1.5)
     with pytest.raises(TypeError, match="key"):
