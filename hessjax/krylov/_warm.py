@@ -3,7 +3,7 @@
 The iteration is that of `eigsh`, from a block of start vectors, with two changes. All start rows are multiplied before
 anything is judged: each of them stands for an eigenvalue, and a residual says nothing of those that were left out. And
 the certificate, which costs more than a good start leaves to do, is made only when there is cause: when the caller
-asks, when a wanted value has moved by a tenth, or when the start was so poor that four times its products were needed.
+asks, when a wanted value has moved by a tenth, or when the start was so poor that eight times its products were needed.
 
 Beside the k wanted rows the block holds *guards*, the next best Ritz vectors. They are multiplied and never judged. A
 value that rises past the wanted ones is among them before it does, and the wanted ones converge at the rate of the gap
@@ -32,7 +32,7 @@ from hessjax.operators._packing import Packed, Packing
 WHICH = ("LA", "SA", "LM", "BE")
 _DIMENSION = 20  # expanded rows before a restart, at least; SciPy's own least
 _RESTARTS = 8  # about a hundred products: what has not converged by then goes on from there next time
-_PATIENCE = 4  # products for each start row, beyond which the start was no good one
+_PATIENCE = 8  # products for each start row, beyond which the start was no better than a random one
 _MOVED = 0.1  # of the largest wanted value
 
 

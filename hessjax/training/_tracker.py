@@ -42,7 +42,7 @@ def track_curvature(
     swings with period two as at the edge of stability, of the one before that. Nothing is computed in between.
 
     A warm solve cannot know of an eigenvalue that its vectors do not see. So each `certify`-th measurement is
-    certified as `hj.eigsh` does it, and so is one whose values moved by a tenth, or whose start was poor (it took four
+    certified as `hj.eigsh` does it, and so is one whose values moved by a tenth, or whose start was poor (it took eight
     times the products of a good one); the first always is. `certified` in the state says when that last succeeded.
 
     Costs k + 1 products for a start that is still good, some more where it is not: on digits with k = 3, 7 a
