@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import scalar_dtype, size_of, structure_of
+from hessjax._vectors import scalar_dtype, structure_of
 
 
 class CurvatureState(NamedTuple):
@@ -64,7 +64,6 @@ def initial_state(params: PyTree, k: int, guards: int, history: int, key: PRNGKe
     """Nothing known yet. No two fields share a buffer, and none is the caller's, so that all can be donated."""
     structure = structure_of(params)
     dtype = scalar_dtype(structure)
-    guards = min(guards, size_of(structure) - k)
 
     def rows(count: int) -> PyTree:
         return jtu.tree_map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), structure)

@@ -61,7 +61,7 @@ def test_eigenpairs_are_those_of_the_dense_hessian_at_the_params_before_the_upda
         at = jtu.tree_map(lambda leaf, i=step - step % 3: leaf[i], trail)
         truth = matrix(hj.hvp(loss)(at, *batch))[-2:]
         np.testing.assert_allclose(states.eigenvalues[step], truth, rtol=1e-3)
-        assert np.all(states.residuals[step] <= 4.1e-3 * truth)
+        assert np.all(states.residuals[step] <= 3.1e-3 * truth)
     np.testing.assert_array_equal(states.step, np.arange(STEPS) + 1)
     np.testing.assert_array_equal(states.measured, np.arange(STEPS) // 3 * 3)
 
@@ -198,11 +198,35 @@ def test_sudden_change_calls_for_a_fresh_solve():
     assert state.certified == 1
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # orbax's own
+def test_orbax_keeps_the_state(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    params, batch = network()
+    params.pop("none")  # orbax saves no empty arrays
+    optimizer = optax.chain(hj.track_curvature(loss, 2, jax.random.key(0), history=2), optax.sgd(0.3))
+    half = jax.jit(partial(follow, optimizer, steps=5))
+    carry, _ = half(params, optimizer.init(params), batch)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "carry", carry)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "carry", (params, optimizer.init(params)))
+    for a, b in zip(jtu.tree_leaves(half(*carry, batch)), jtu.tree_leaves(half(*restored, batch)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_plain_numbers_are_parameters_too():
+    tracker = hj.track_curvature(lambda p: 3 * p["a"] ** 2, 1, jax.random.key(0))
+    _, state = tracker.update({"a": 2.0}, tracker.init({"a": 1.0}), {"a": 1.0}, batch=())
+    np.testing.assert_allclose(state.eigenvalues, [6.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_no_more_dimensions_than_pairs(value):
     tracker = hj.track_curvature(lambda w: value * jnp.sum(w**2) / 2, 2, jax.random.key(0))
     w = jnp.ones(2)
     state = tracker.init(w)
+    assert all(leaf.size for leaf in jtu.tree_leaves(state))  # orbax saves no empty arrays
     for _ in range(2):
         _, state = tracker.update(w, state, w, batch=())
         np.testing.assert_allclose(state.eigenvalues, [value, value], atol=1e-5)
