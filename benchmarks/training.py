@@ -10,11 +10,15 @@ about 15 minutes on two cores. One line per case:
 - `top`: the three largest eigenvalues against cold solves to 1e-5 at 20 checkpoints, and how many products each took.
   `wrong` counts the checkpoints at which some tracked value is off by more than 1e-3.
 - `grow`: the products of up to five pairs, with `grow_above` = 2 / η and without.
-- `wall`: seconds of a run with the tracker over those of the run without it, in turn; k = 1.
+- `wall`: seconds of a run with the tracker over those of the run without it, in turn, by the clock and of processor
+  time; k = 1.
 - `rates`: four learning rates in one program, by `jax.vmap`, against the four runs one by one.
 """
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -193,15 +197,30 @@ def grow(batch: Batch, steps: int, _: int) -> None:
         line("grow", batch, steps, seed=0, k=5, every=1, **fields)
 
 
+def processor_seconds(function: Callable[[], Any]) -> float:
+    """Those of all threads, which other programs on the machine do not lengthen as they do the time on the clock."""
+    start = time.process_time()
+    jax.block_until_ready(function())
+    return time.process_time() - start
+
+
 def wall(batch: Batch, steps: int, repeats: int) -> None:
     """A run with the tracker against the same run without it."""
     start, rate = init(jax.random.key(0)), jnp.asarray(RATE)
     bare = jax.jit(partial(plain, steps=steps))
     for every in (100, 10, 1):
         tracked = jax.jit(partial(descend, steps=steps, k=1, every=every))
-        times = compare(lambda run=tracked: run(start, rate, batch), lambda: bare(start, rate, batch), repeats)
+        ours, theirs = partial(tracked, start, rate, batch), partial(bare, start, rate, batch)
+        times = compare(ours, theirs, repeats)
+        processor = statistics.median(processor_seconds(ours) / processor_seconds(theirs) for _ in range(repeats))
         spent = int(tracked(start, rate, batch)[1].num_matvecs[-1])
-        fields = {"ratio": times.ratio, "tracked_s": times.ours, "bare_s": times.theirs, "first_s": times.ours_first}
+        fields = {
+            "ratio": times.ratio,
+            "processor_ratio": processor,
+            "tracked_s": times.ours,
+            "bare_s": times.theirs,
+            "first_s": times.ours_first,
+        }
         line("wall", batch, steps, k=1, every=every, products=spent / (steps / every), **fields)
 
 
