@@ -46,8 +46,9 @@ def track_curvature(
     times the products of a good one); the first always is. `certified` in the state says when that last succeeded.
 
     Costs k + 1 products for a start that is still good, more where it is not, certificates beside that. On digits, at
-    every step: 4 a measurement for k = 1 and 8 for k = 3; every tenth step 8 and 14; from nothing, 24 and 42. Memory
-    for 2k + 2 vectors, and 20 + k or 4k + 4 more during a measurement.
+    every step: 4 a measurement for k = 1 and 8 for k = 3; every tenth step 8 and 15; from nothing, 30 and 46. A product
+    takes the time of about two gradients on the same batch. Memory for 2k + 2 vectors, and 20 + k or 4k + 4 more
+    during a measurement.
 
     The update takes the extra arguments
 
