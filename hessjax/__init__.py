@@ -56,3 +56,6 @@ from hessjax.operators import operator as operator
 from hessjax.operators import per_block as per_block
 from hessjax.operators import precondition as precondition
 from hessjax.operators import restrict as restrict
+from hessjax.training import CurvatureState as CurvatureState
+from hessjax.training import edge_of_stability as edge_of_stability
+from hessjax.training import track_curvature as track_curvature

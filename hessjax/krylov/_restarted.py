@@ -75,6 +75,11 @@ class Iteration(eqx.Module):
         stored = 0.0 if self.plan.storage is None else float(jnp.finfo(self.plan.storage).eps)
         return max(epsilon(self.op.structure), stored)
 
+    @property
+    def fewest(self) -> int:
+        """The dimension from which on Ritz pairs are worth a look."""
+        return self.plan.k
+
     def init(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
         """Frontier rows from the orthonormalised start block, leaving out what depends on earlier ones."""
         structure = self.op.structure
@@ -298,7 +303,7 @@ class Iteration(eqx.Module):
         """
         m, frontier, full = jnp.sum(state.expanded), jnp.sum(state.frontier), self._full(state)
         usual = (m >= state.next_look) | (frontier != 1) | full
-        due = expanding & (m >= self.plan.k) & jnp.where(state.digging, (frontier == 0) | full, usual)
+        due = expanding & (m >= self.fewest) & jnp.where(state.digging, (frontier == 0) | full, usual)
         ritz = refresh(due, state.projected, state.expanded, state.frontier, state.ritz)
         scale = jnp.maximum(state.scale, jnp.max(jnp.abs(ritz.values)))
         following = jnp.where(due, m + jnp.maximum(1, m // 24), state.next_look)

@@ -1,0 +1,94 @@
+"""The arguments of `track_curvature`, checked at the door."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hessjax._function import Function, as_function, as_integer, check_key
+from hessjax.krylov._warm import WHICH
+from hessjax.operators import adam_preconditioner
+
+
+class Settings(eqx.Module):
+    """What a tracker was asked for. The arrays of functions are leaves; everything else is static.
+
+    Attributes:
+        function: the loss, or what builds the operator if `builds`.
+        grow_above: a scalar, or None.
+        implementation: that of a typed key, None for a raw one.
+    """
+
+    function: Function
+    builds: bool = eqx.field(static=True)
+    preconditioner: Function | None
+    grow_above: Array | None
+    implementation: Any = eqx.field(static=True)
+    k: int = eqx.field(static=True)
+    every: int = eqx.field(static=True)
+    which: str = eqx.field(static=True)
+    tol: float = eqx.field(static=True)
+    certify: int = eqx.field(static=True)
+    history: int = eqx.field(static=True)
+
+    @classmethod
+    def of(
+        cls,
+        loss: Any,
+        key: Any,
+        k: Any,
+        every: Any,
+        which: str,
+        preconditioner: Any,
+        operator: Any,
+        grow_above: Any,
+        tol: Any,
+        certify: Any,
+        history: Any,
+    ) -> "Settings":
+        """Raises ValueError or TypeError in the caller's words."""
+        if (loss is None) == (operator is None):
+            which_came = "neither" if loss is None else "both"
+            raise ValueError(f"`track_curvature` needs either a `loss` or an `operator=`, got {which_came}.")
+        if which not in WHICH:
+            raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
+        counts = {"k": (k, 1), "every": (every, 1), "certify": (certify, 1), "history": (history, 0)}
+        for name, (value, least) in counts.items():
+            if as_integer(name, value) < least:
+                raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
+        if not 0 < float(tol) < 1:
+            raise ValueError(f"`track_curvature` needs 0 < `tol` < 1, got {tol}.")
+        if grow_above is not None:
+            if which != "LA":
+                raise ValueError(f'`grow_above` goes with `which="LA"`, got {which!r}.')
+            if not eqx.is_array_like(grow_above) or jnp.ndim(grow_above) != 0 or jnp.iscomplexobj(grow_above):
+                raise ValueError(
+                    "`grow_above` must be a real scalar, such as `hj.edge_of_stability('sgd', learning_rate)`, got "
+                    f"{grow_above!r}."
+                )
+        if preconditioner == "from_opt_state":
+            preconditioner = adam_preconditioner
+        if not (preconditioner is None or callable(preconditioner)):
+            raise ValueError(
+                "`preconditioner` must be None, 'from_opt_state', or a function from an optax state to D, got "
+                f"{preconditioner!r}."
+            )
+        if key is None:
+            raise TypeError("`track_curvature` needs a `key`, such as `jax.random.key(0)`, got None.")
+        check_key(key, "track_curvature")
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        return cls(
+            function=as_function(operator if loss is None else loss),
+            builds=loss is None,
+            preconditioner=None if preconditioner is None else as_function(preconditioner),
+            grow_above=None if grow_above is None else jnp.asarray(grow_above, float),
+            implementation=jax.random.key_impl(key) if typed else None,
+            k=as_integer("k", k),
+            every=as_integer("every", every),
+            which=which,
+            tol=float(tol),
+            certify=as_integer("certify", certify),
+            history=as_integer("history", history),
+        )

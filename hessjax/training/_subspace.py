@@ -1,0 +1,51 @@
+"""How the space of the top eigenvectors turns from one measurement to the next, and what lies in it."""
+
+import functools
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from hessjax._vectors import contract, divide, norm, scalar_dtype
+from hessjax.krylov._dense import sequential_eigh
+
+
+def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> Float[Array, "k m"]:
+    """All inner products ⟨xᵢ, yⱼ⟩ of two stacks of vectors."""
+    dtype = scalar_dtype(x)
+
+    def part(a: Array, b: Array) -> Array:
+        axes = tuple(range(1, a.ndim))
+        return contract(a, b, (axes, axes), dtype).astype(dtype)
+
+    parts = jtu.tree_leaves(jtu.tree_map(part, x, y))
+    return functools.reduce(jnp.add, parts)
+
+
+def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:
+    """‖Qᵀu‖² / ‖u‖² for orthonormal rows Q: the share of u that lies in their span. NaN for u = 0, and for None."""
+    if vector is None:
+        return jnp.full((), jnp.nan, scalar_dtype(basis))
+    size = norm(vector)
+    unit = jtu.tree_map(lambda leaf: leaf[None], divide(vector, size))
+    return jnp.where(size > 0, jnp.sum(jnp.square(gram(basis, unit))), jnp.nan)
+
+
+def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k ..."]]) -> Float[Array, " k"]:
+    """The principal angles in radians between the spans of two stacks of k orthonormal vectors, ascending.
+
+    Rows may be zero. With p and q other rows there are min(p, q) angles, in the places that end at p if p < q, counted
+    from the k - q-th on; the other places are NaN.
+
+    Each angle comes from its sine and its cosine both, since either alone loses half of the digits somewhere. The
+    sines are the singular values of Y - X XᵀY.
+    """
+    cosines = gram(x, y)
+    outside = jtu.tree_map(lambda b, a: b - contract(cosines, a, (0, 0), cosines.dtype).astype(b.dtype), y, x)
+    squares = sequential_eigh(gram(outside, outside))[0]
+    empty = [jnp.diagonal(gram(rows, rows)) == 0 for rows in (x, y)]  # such a row of Y counts as one within X: angle 0
+    shared = contract(cosines, cosines, (0, 0), cosines.dtype) + jnp.diag(empty[1].astype(cosines.dtype))
+    cosines = jnp.sqrt(jnp.maximum(sequential_eigh(shared)[0][::-1], 0))
+    place = jnp.arange(empty[1].size) - jnp.sum(empty[1])
+    real = (place >= 0) & (place < jnp.sum(~empty[0]))
+    return jnp.where(real, jnp.arctan2(jnp.sqrt(jnp.maximum(squares, 0)), cosines), jnp.nan)
