@@ -1,11 +1,13 @@
 import os
 
 # Two devices, so that sharded leaves can be tested. Code that runs once need not be optimized: an eighth of the time to
-# compile. Must precede the first use of jax.
+# compile. And two workers' threads of OpenBLAS, which wait for each other without sleeping, share two cores: one is enough.
+# Must precede the first use of jax.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
 )
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import numpy as np
