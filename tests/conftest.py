@@ -1,8 +1,8 @@
 import os
 
 # Two devices, so that sharded leaves can be tested. Code that runs once need not be optimized: an eighth of the time to
-# compile. And two workers' threads of OpenBLAS, which wait for each other without sleeping, share two cores: one is enough.
-# Must precede the first use of jax.
+# compile. One thread of OpenBLAS for each worker: they wait for each other without sleeping. All of this must precede
+# the first use of jax.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
