@@ -1,5 +1,6 @@
 """How many basis vectors a solve keeps, and the memory that it takes."""
 
+import bisect
 import os
 from typing import Any
 
@@ -95,13 +96,14 @@ def default_ncv(
         spare = min(max(free, _SPARE_ABOVE), _SPARE)
     least, most = min(n, max(2 * k + 1, 20)), min(n, max(2 * k + 1, 20, k + spare))
     budget = _device_memory() // _SHARE if limit is None else limit
-    fitting = [ncv for ncv in range(least, most + 1) if _bytes(structure, k, ncv, storage) <= budget]
-    if limit is not None and not fitting:
+    choices = range(least, most + 1)
+    fitting = bisect.bisect_right(choices, budget, key=lambda ncv: _bytes(structure, k, ncv, storage))
+    if limit is not None and fitting == 0:
         raise ValueError(
             f"`memory_limit` = {limit:,} bytes does not hold the smallest Krylov dimension {least}, which needs "
             f"{_bytes(structure, k, least, storage):,}. Raise it, give a smaller `ncv`, or `basis_dtype='bfloat16'`."
         )
-    return max(fitting, default=least)
+    return choices[max(fitting - 1, 0)]
 
 
 def storage_name(dtype: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> str | None:
