@@ -33,7 +33,8 @@ def estimates(function, count):
 )
 def test_standard_errors_cover_the_truth_and_the_mean_is_it(method, spectrum, rng, x64):
     op, truth = rotated(rng, SPECTRA[spectrum]), SPECTRA[spectrum].sum()
-    values, errors = estimates(lambda key: hj.trace(op, 20, key, method=method), 40)
+    # A third of Hutch++'s products are samples, and of six means a Student's t leaves a tenth outside two errors.
+    values, errors = estimates(lambda key: hj.trace(op, 36 if method == "hutch++" else 20, key, method=method), 80)
     assert np.mean(np.abs(values - truth) <= 2 * errors) >= 0.85
     assert abs(values.mean() - truth) < 4.5 * values.std() / len(values) ** 0.5
     # Nor are the errors empty words: for an estimate of few vectors a few times the truth at most.

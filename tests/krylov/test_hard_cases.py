@@ -83,9 +83,10 @@ def lies(pairs, matrix, spectrum, which, tol):
     scale, steps = np.abs(spectrum).max(), float(pairs.num_matvecs) ** 0.5
     floor = steps * eps * scale
     exactness = 50 * float(np.finfo(np.float64).eps) * scale  # of the dense truth
-    promise = (
-        tol * np.maximum(eps ** (2 / 3) * scale, np.abs(values)) if tol else np.full(k, 4 * max(floor, 4 * eps * scale))
-    )
+    if tol:  # as `eigsh` documents it
+        promise = np.maximum(tol * np.maximum(eps ** (2 / 3) * scale, np.abs(values)), floor)
+    else:
+        promise = np.full(k, 4 * max(floor, 4 * eps * scale))
     true = np.linalg.norm((vectors @ matrix - values[:, None] * vectors) / (scale or 1), axis=1) * scale
     found = []
 
