@@ -77,7 +77,7 @@ def eigsh(
         v0: a start vector, or a block of them (a leading axis on every leaf), or an earlier `Eigenpairs` to go on from.
         ncv: the Krylov dimension at which to restart, k < ncv ≤ n. Memory is ncv + 2k + 12 vectors, beside what a
             product needs: see `hj.memory_estimate`. Default: k + 256 as far as `memory_limit` allows, at least
-            max(2k + 1, 20); for LA and LM what 16 MB hold, or 2k + 44 if that is more.
+            max(2k + 1, 20); for LA and LM what 8 MB hold, or 2k + 20 or 5k if that is more.
         maxiter: restarts, the first fill counted. Default: as many as make 10 n products.
         tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below the rounding of m products,
             √m eps ‖A‖; 0 asks for what the dtype and the product's noise allow.

@@ -17,8 +17,7 @@ from hessjax.operators._operator import Operator, as_operator
 
 _SHARE = 8  # by default a solve may take an eighth of the device's memory
 _SPARE = 256  # Krylov dimensions beyond k; a larger projected problem costs more than the products it saves
-_SPARE_ABOVE = 44  # beyond 2k for the outliers of a network, which need few: rows cost time though never used
-_FREE = 1 << 24  # bytes that a basis may have before its rows cost a noticeable time
+_FREE = 1 << 23  # bytes that a basis may have before its rows cost a noticeable time
 _WORKING = 12  # vectors beside the basis and the results: measured on compiled programs, 10 to 12
 _SQUARES = 8  # matrices of the projected problem's size
 
@@ -75,9 +74,9 @@ def default_ncv(
 ) -> int:
     """The Krylov dimension: k + 256 where memory allows, never less than SciPy's max(2k + 1, 20) nor more than n.
 
-    A program on the CPU writes zeros to every row before it starts, 40 ms for 90 MB. The low end of a trained network's
-    spectrum repays that many times over. At the high end, or by magnitude, outliers converge before the rows are
-    needed: there a basis holds what 16 MB hold, at least 2k + 44 rows.
+    A program on the CPU writes zeros to every row before it starts, about 1 ms per MB. The low end of a trained
+    network's spectrum repays that many times over. At the high end, or by magnitude, outliers converge before the rows
+    are needed: there a basis holds what 8 MB hold, at least 2k + 20 rows and 5k.
 
     Args:
         structure: of one vector.
@@ -93,7 +92,7 @@ def default_ncv(
     spare = _SPARE
     if which in ("LA", "LM"):
         free = _FREE // max(_vector_bytes(structure, storage), 1) - k
-        spare = min(max(free, k + _SPARE_ABOVE), _SPARE)
+        spare = min(max(free, k + 20, 4 * k), _SPARE)
     least, most = min(n, max(2 * k + 1, 20)), min(n, max(2 * k + 1, 20, k + spare))
     budget = _device_memory() // _SHARE if limit is None else limit
     choices = range(least, most + 1)

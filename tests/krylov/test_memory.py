@@ -58,9 +58,9 @@ def test_default_dimension_is_never_below_scipys():
 def test_large_vectors_get_few_rows_where_outliers_are_wanted():
     structure = jax.ShapeDtypeStruct((85_002,), jnp.float32)
     assert default_ncv(structure, 6, "SA", 10**12) == 6 + 256
-    assert default_ncv(structure, 6, "LA", 10**12) == default_ncv(structure, 6, "LM", 10**12) == 2 * 6 + 44
-    free = default_ncv(jax.ShapeDtypeStruct((30_000,), jnp.float32), 6, "LA", 10**12)
-    assert free * 30_000 * 4 <= 2**24 < (free + 1) * 30_000 * 4
+    assert default_ncv(structure, 6, "LA", 10**12) == default_ncv(structure, 6, "LM", 10**12) == 2 * 6 + 20
+    free = default_ncv(jax.ShapeDtypeStruct((20_000,), jnp.float32), 6, "LA", 10**12)
+    assert free * 20_000 * 4 <= 2**23 < (free + 1) * 20_000 * 4
 
 
 @pytest.mark.parametrize(
