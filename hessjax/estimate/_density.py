@@ -8,11 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.stats import norm as normal
 from jaxtyping import Array, Float, Int
 
 from hessjax._function import as_integer
-from hessjax.estimate._measure import invert, mass_up_to, smoothed
+from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread
 
 _TAIL = 1e-3  # of a decade: below it |λ| is not told apart from its neighbours on a logarithmic axis
@@ -76,7 +75,7 @@ class Density(eqx.Module):
         def probe(nodes: Array, weights: Array, _below: Array, _above: Array) -> Array:
             zero = nodes == 0
             place = jnp.log10(jnp.abs(jnp.where(zero, 1, nodes)))
-            return jnp.sum(jnp.where(zero, 0, weights) * normal.pdf(grid[..., None], place, width), axis=-1)
+            return jnp.sum(jnp.where(zero, 0, weights) * gaussian(grid[..., None], place, width), axis=-1)
 
         return self._per_probe(probe)
 

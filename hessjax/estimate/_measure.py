@@ -6,12 +6,12 @@ node's radius is smaller: the distribution function then runs through the middle
 a smooth spectrum runs, and still jumps at an eigenvalue that has been found.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.stats import norm as normal
 from jaxtyping import Array, Float
 
 
@@ -64,8 +64,8 @@ def smoothed(
 
     A half that is spread evenly over a length l counts as a normal distribution with its mean and variance, l² / 12.
     """
-    low = normal.pdf(x[..., None], nodes - below / 2, jnp.sqrt(sigma**2 + below**2 / 12))
-    high = normal.pdf(x[..., None], nodes + above / 2, jnp.sqrt(sigma**2 + above**2 / 12))
+    low = gaussian(x[..., None], nodes - below / 2, jnp.sqrt(sigma**2 + below**2 / 12))
+    high = gaussian(x[..., None], nodes + above / 2, jnp.sqrt(sigma**2 + above**2 / 12))
     return jnp.sum(weights / 2 * (low + high), axis=-1)
 
 
@@ -83,3 +83,8 @@ def invert(
 
     shape = jnp.shape(target)
     return lax.fori_loop(0, steps, halve, (jnp.broadcast_to(low, shape), jnp.broadcast_to(high, shape)))[1]
+
+
+def gaussian(x: Array, mean: Array, width: Array) -> Array:
+    """The normal density. That of `jax.scipy.stats` takes 10 ms to import."""
+    return jnp.exp(-0.5 * ((x - mean) / width) ** 2) / (math.sqrt(2 * math.pi) * width)
