@@ -87,6 +87,24 @@ def inner(x: PyTree, y: PyTree) -> Scalar:
     return sum(jtu.tree_leaves(parts), jnp.zeros((), dtype))
 
 
+def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> Float[Array, "k m"]:
+    """The inner products ⟨xᵢ, yⱼ⟩ of two stacks of vectors."""
+    dtype = scalar_dtype(x)
+
+    def pair(a: Array, b: Array) -> Array:
+        axes = tuple(range(1, a.ndim))
+        return contract(a, b, (axes, axes), dtype).astype(dtype)
+
+    return sum(jtu.tree_leaves(jtu.tree_map(pair, x, y)), jnp.zeros((), dtype))
+
+
+def stacked(
+    first: PyTree[Float[Array, "k ..."]], second: PyTree[Float[Array, "m ..."]]
+) -> PyTree[Float[Array, "both ..."]]:
+    """Two stacks of vectors as one."""
+    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
+
+
 def norm(x: PyTree) -> Scalar:
     """‖x‖₂, safe from overflow and underflow at any scale of x."""
     dtype = scalar_dtype(x)

@@ -10,14 +10,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
-from hessjax._vectors import inner, norm
+from hessjax._vectors import gram, inner, norm
 from hessjax.estimate._door import needs_entries, needs_key
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
 from hessjax.estimate._probes import on_long_sphere
 from hessjax.estimate._result import Estimate, exactly
 from hessjax.estimate._rounds import Method, as_tolerance, run
-from hessjax.estimate._sketch import Sketch, gram, sketch
+from hessjax.estimate._sketch import Sketch, sketch
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 

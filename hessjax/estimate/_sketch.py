@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, structure_of
+from hessjax._vectors import contract, divide, epsilon, gram, inner, norm, scalar_dtype, stacked, structure_of
 from hessjax.estimate._probes import products
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator
@@ -103,10 +103,6 @@ def sketch(draw: Callable[..., PyTree], op: Operator, keys: Array, known: Sketch
     )
 
 
-def stacked(first: Block, second: PyTree[Float[Array, "m ..."]]) -> PyTree[Float[Array, "both ..."]]:
-    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
-
-
 def _times(block: Block, factor: Float[Array, ""]) -> Block:
     return jtu.tree_map(lambda leaf: (leaf * factor).astype(leaf.dtype), block)
 
@@ -116,18 +112,6 @@ def largest(block: PyTree) -> Float[Array, ""]:
     peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jtu.tree_leaves(block)]
     peak = jnp.max(jnp.stack([peak.astype(scalar_dtype(block)) for peak in peaks]))
     return jnp.where(peak > 0, peak, 1)
-
-
-def gram(x: Block, y: Block) -> Float[Array, "k m"]:
-    """The inner products xᵢᵀyⱼ."""
-    dtype = scalar_dtype(x)
-
-    def pair(a: Array, b: Array) -> Array:
-        axes = tuple(range(1, a.ndim))
-        return contract(a, b, (axes, axes), dtype).astype(dtype)
-
-    parts = jtu.tree_leaves(jtu.tree_map(pair, x, y))
-    return sum(parts, jnp.zeros((), dtype))
 
 
 def combine(x: Block, weights: Float[Array, "k m"]) -> Block:

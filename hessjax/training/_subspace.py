@@ -1,25 +1,11 @@
 """How the space of the top eigenvectors turns from one measurement to the next, and what lies in it."""
 
-import functools
-
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._vectors import contract, divide, norm, scalar_dtype
+from hessjax._vectors import contract, divide, gram, norm, scalar_dtype
 from hessjax.krylov._dense import sequential_eigh
-
-
-def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> Float[Array, "k m"]:
-    """All inner products ⟨xᵢ, yⱼ⟩ of two stacks of vectors."""
-    dtype = scalar_dtype(x)
-
-    def part(a: Array, b: Array) -> Array:
-        axes = tuple(range(1, a.ndim))
-        return contract(a, b, (axes, axes), dtype).astype(dtype)
-
-    parts = jtu.tree_leaves(jtu.tree_map(part, x, y))
-    return functools.reduce(jnp.add, parts)
 
 
 def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:

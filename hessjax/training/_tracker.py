@@ -11,12 +11,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._vectors import select, size_of, structure_of
+from hessjax._vectors import gram, select, size_of, stacked, structure_of
 from hessjax.krylov._warm import WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, hvp, precondition
 from hessjax.training._settings import Settings
 from hessjax.training._state import CurvatureState, initial_state
-from hessjax.training._subspace import gram, overlap, principal_angles
+from hessjax.training._subspace import overlap, principal_angles
 
 _GUARDS = 1
 
@@ -167,7 +167,7 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
     key = state.entropy
     if settings.implementation is not None:
         key = jax.random.wrap_key_data(key, impl=settings.implementation)
-    last = _stack(state.eigenvectors, state.guards)
+    last = stacked(state.eigenvectors, state.guards)
     count = state.step // settings.every
     pairs = warm_eigenpairs(
         op,
@@ -226,7 +226,3 @@ def _operator(settings: Settings, given: Measured) -> Operator:
             f"{op.structure}."
         )
     return op if settings.preconditioner is None else precondition(op, settings.preconditioner(given.opt_state))
-
-
-def _stack(first: PyTree, second: PyTree) -> PyTree:
-    return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
