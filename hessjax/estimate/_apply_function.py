@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._function import as_integer
 from hessjax._vectors import contract, norm
-from hessjax.krylov._dense import sequential_eigh
+from hessjax.estimate._tridiagonal import tridiagonal_eigh
 from hessjax.krylov._lanczos import Lanczos, lanczos
 from hessjax.operators._operator import Operator, as_operator
 
@@ -83,13 +83,7 @@ def apply_function(
 def _coefficients(f: Callable[[Array], Array], run: Lanczos, steps: Array) -> Float[Array, " num_steps"]:
     """f(T) e₁ for the leading part of T."""
     live = jnp.arange(run.diagonal.size) < steps
-    off = jnp.where(live[1:], run.off_diagonal, 0)
-    matrix = jnp.diag(jnp.where(live, run.diagonal, 0)) + jnp.diag(off, 1) + jnp.diag(off, -1)
-    peak = jnp.max(jnp.abs(matrix))
-    unit = jnp.where(peak > 0, peak, 1)
-    # No row of T / unit sums to more than 3, so 4 sorts behind every eigenvalue.
-    values, vectors = sequential_eigh(matrix / unit + jnp.diag(jnp.where(live, 0, jnp.asarray(4, matrix.dtype))))
-    last = values[jnp.maximum(steps - 1, 0)]
-    images = f(jnp.where(live, values, last) * unit)
-    weights = jnp.where(live & (vectors[0] != 0), images * vectors[0], 0)
-    return jnp.where(live, jnp.matmul(vectors, weights, precision=lax.Precision.HIGHEST), 0)
+    diagonal, off_diagonal = jnp.where(live, run.diagonal, 0), jnp.where(live[1:], run.off_diagonal, 0)
+    values, vectors = tridiagonal_eigh(diagonal, off_diagonal, steps)
+    weights = jnp.where(vectors[0] != 0, f(values) * vectors[0], 0)
+    return jnp.matmul(vectors, weights, precision=lax.Precision.HIGHEST)

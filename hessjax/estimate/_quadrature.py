@@ -17,9 +17,8 @@ from jaxtyping import Array, Float, PyTree
 
 from hessjax._vectors import scalar_dtype
 from hessjax.estimate._probes import in_batches, on_sphere
-from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonalize
+from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonal_eigh, tridiagonalize
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._dense import sequential_eigh
 from hessjax.operators._operator import Operator, multiply
 from hessjax.operators._packing import Packed, Packing
 
@@ -93,20 +92,10 @@ def _coarse(matrices: Tridiagonals, plan: Plan) -> tuple[Array, ...]:
 
 def gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
     """Nodes, weights, radii and eigenvectors of one probe's T."""
-    size = matrix.diagonal.size
-    live = jnp.arange(size) < matrix.steps
-    dense = jnp.diag(matrix.diagonal) + jnp.diag(matrix.off_diagonal, 1) + jnp.diag(matrix.off_diagonal, -1)
-    peak = jnp.max(jnp.abs(dense))
-    unit = jnp.where(peak > 0, peak, 1)
-    # No row of T / unit sums to more than 3, so 4 sorts behind every node.
-    dense = dense / unit + jnp.diag(jnp.where(live, 0, jnp.asarray(4, dense.dtype)))
-    values, vectors = sequential_eigh(dense)
-    vectors = jnp.where(live[:, None] & live[None, :], vectors, 0)
-    last = jnp.maximum(matrix.steps - 1, 0)
-    nodes = jnp.where(live, values, jnp.where(matrix.steps > 0, values[last], 0)) * unit
+    nodes, vectors = tridiagonal_eigh(matrix.diagonal, matrix.off_diagonal, matrix.steps)
     weights = vectors[0] ** 2
     weights = weights / jnp.sum(weights)
-    radii = jnp.where(live, jnp.abs(vectors[last]) * matrix.residual_norm, 0)
+    radii = jnp.abs(vectors[jnp.maximum(matrix.steps - 1, 0)]) * matrix.residual_norm
     return nodes, weights, radii, vectors
 
 

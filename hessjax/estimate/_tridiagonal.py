@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
+from hessjax.krylov._dense import sequential_eigh
 from hessjax.operators._operator import Operator, multiply
 
 
@@ -132,3 +133,20 @@ def without(removed: PyTree | None, vectors: PyTree[Float[Array, "probes ..."]])
     return jtu.tree_map(
         lambda block, rows: (block - contract(overlaps, rows, 1, dtype)).astype(block.dtype), vectors, removed
     )
+
+
+def tridiagonal_eigh(
+    diagonal: Float[Array, " m"], off_diagonal: Float[Array, " rest"], count: Int[Array, ""]
+) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+    """Eigenvalues of the leading `count` rows of T, ascending, and eigenvectors in columns.
+
+    Beyond `count` the last eigenvalue is repeated (0 if there is none), and the vectors are zero. T is zero there.
+    """
+    live = jnp.arange(diagonal.size) < count
+    dense = jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
+    peak = jnp.max(jnp.abs(dense))
+    unit = jnp.where(peak > 0, peak, 1)
+    # No row of T / unit sums to more than 3, so 4 sorts behind every eigenvalue.
+    values, vectors = sequential_eigh(dense / unit + jnp.diag(jnp.where(live, 0, jnp.asarray(4, dense.dtype))))
+    last = jnp.where(count > 0, values[jnp.maximum(count - 1, 0)], 0)
+    return jnp.where(live, values, last) * unit, jnp.where(live[:, None] & live[None, :], vectors, 0)
