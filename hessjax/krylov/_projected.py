@@ -20,8 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 # Leading sizes that a projected problem is solved at. Up to 62 rows OpenBLAS, the CPU's LAPACK, runs `eigh` on one
 # thread. Above, it wakes a thread per core for loops of microseconds and waits for all of them: where other programs
 # share the cores, 0.2 ms become 10 ms at 64 rows, and 1 ms becomes 170 ms at 136.
-_SIZES = (62, 136)
-_WORTHWHILE = 1.5  # rows over the second size: each is compiled, and costs more than it saves if rows are few
+_SIZES = {62: 62, 136: 204}  # size: used if there are more rows than this, as each is compiled
 
 
 class Ritz(eqx.Module):
@@ -69,7 +68,7 @@ def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: 
     seen to stop for ever on the CPU, and a batched branch would run every size.
     """
     rows = expanded.size
-    sizes = [size for size, enough in zip(_SIZES, (1, _WORTHWHILE), strict=True) if rows > enough * size] + [rows]
+    sizes = [*(size for size, fewest in _SIZES.items() if rows > fewest), rows]
 
     def solver(size: int) -> Callable[[], Ritz]:
         def solve() -> Ritz:
