@@ -1,5 +1,9 @@
-"""Functions as pytrees: their arrays are leaves, and everything else is static. And the checks of plain arguments."""
+"""Functions as pytrees: their arrays are leaves, and everything else is static.
 
+And how they are called: with checked arguments, in full precision.
+"""
+
+import contextlib
 import operator as builtin
 import types
 from collections.abc import Callable
@@ -47,6 +51,17 @@ def as_function(function: Callable[..., Any]) -> Function:
     arrays = tuple(leaf if eqx.is_array(leaf) else None for leaf in leaves)
     rest = tuple(None if eqx.is_array(leaf) else leaf for leaf in leaves)
     return Function(arrays, rest, treedef)
+
+
+def full_precision() -> contextlib.AbstractContextManager[None]:
+    """Where matrix products and convolutions of unstated precision are computed in their own dtype.
+
+    A GPU shortens float32 operands to 10 bits of mantissa (TF32) unless told otherwise. Forward values stand that; a
+    curvature product is then wrong by 5e-4 of its norm and as asymmetric, so that small eigenvalues drown. What the
+    user chose is kept: an explicit `precision=`, or `jax.default_matmul_precision`.
+    """
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] added at run time
+    return contextlib.nullcontext() if chosen is not None else jax.default_matmul_precision("highest")
 
 
 def closes_over_tracers(function: Any) -> bool:

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
-from hessjax._function import Function, as_function
+from hessjax._function import Function, as_function, full_precision
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
 from hessjax.operators._examples import as_batch_size, as_samples, hoisted, outputs_of
@@ -87,7 +87,8 @@ class Model(eqx.Module):
 
     def outputs(self) -> PyTree[Array]:
         """The outputs on all inputs, the examples on the leading axis."""
-        return outputs_of(self.forward, self.params, self.data[0], self.batched)
+        with full_precision():
+            return outputs_of(self.forward, self.params, self.data[0], self.batched)
 
     def loss_value(self) -> Scalar:
         """L(θ), the mean over the examples."""
@@ -167,12 +168,14 @@ class _MeanLoss(eqx.Module):
 
 @eqx.filter_jit
 def _jitted_loss(model: Model) -> Scalar:
-    return _MeanLoss(model.forward, model.loss, model.batched)(model.params, *model.data)
+    with full_precision():
+        return _MeanLoss(model.forward, model.loss, model.batched)(model.params, *model.data)
 
 
 @eqx.filter_jit
 def _jitted_gradient(model: Model) -> PyTree[Array]:
-    return jax.grad(_MeanLoss(model.forward, model.loss, model.batched))(model.params, *model.data)
+    with full_precision():
+        return jax.grad(_MeanLoss(model.forward, model.loss, model.batched))(model.params, *model.data)
 
 
 def _is_number_list(node: Any) -> bool:

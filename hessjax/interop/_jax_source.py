@@ -10,6 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from hessjax._function import full_precision
 from hessjax._model import Model
 from hessjax._vectors import scalar_dtype
 from hessjax.interop._parity import (
@@ -82,16 +83,17 @@ def port(
         outputs = call(params, inputs)
         return jnp.mean(jax.vmap(model.loss)(outputs, targets)), outputs
 
-    if verify == "output":
-        outputs = call(model.params, inputs)
-        found = [difference("outputs", ours.outputs(), outputs)]
-    else:
-        (value, outputs), gradient = eqx.filter_jit(jax.value_and_grad(mean_loss, has_aux=True))(model.params)
-        found = [
-            difference("outputs", ours.outputs(), outputs),
-            difference("loss", ours.loss_value(), value),
-            difference("gradient", ours.gradient(), gradient),
-        ]
-    check_independence(lambda part: call(model.params, part), inputs, outputs, tolerance)
+    with full_precision():
+        if verify == "output":
+            outputs = call(model.params, inputs)
+            found = [difference("outputs", ours.outputs(), outputs)]
+        else:
+            (value, outputs), gradient = eqx.filter_jit(jax.value_and_grad(mean_loss, has_aux=True))(model.params)
+            found = [
+                difference("outputs", ours.outputs(), outputs),
+                difference("loss", ours.loss_value(), value),
+                difference("gradient", ours.gradient(), gradient),
+            ]
+        check_independence(lambda part: call(model.params, part), inputs, outputs, tolerance)
     dtype = str(np.dtype(scalar_dtype(model.params)))
     return model.proven(demand(Parity(source, count, dtype, tolerance, tuple(found))))

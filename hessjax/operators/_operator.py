@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._function import Function, as_function
+from hessjax._function import Function, as_function, full_precision
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
 from hessjax.operators._convolutions import channel_last
 
@@ -233,7 +233,8 @@ def operator(matvec: Any, like: PyTree) -> Operator:
         raise TypeError(f"`operator` needs a function, got {type(matvec).__name__}. For a matrix A: `lambda v: A @ v`.")
     structure = structure_of(like)
     leaves, treedef = jtu.tree_flatten(structure)
-    converted = eqx.filter_closure_convert(matvec, structure)
+    with full_precision():
+        converted = eqx.filter_closure_convert(matvec, structure)
     eqx.filter_eval_shape(lambda v: as_image(converted(v), structure, "matvec"), structure)
     # A function without closed-over arrays stays itself: its identity then keys the compilation cache.
     hoisted = jtu.tree_leaves(eqx.filter(converted, eqx.is_array))
@@ -261,8 +262,9 @@ def as_operator(op: Any, like: PyTree | None) -> Operator:
 
 
 def multiply(op: Operator, vector: PyTree) -> PyTree:
-    """Av, as every algorithm computes it: `op.product` with its convolutions laid out for the platform."""
-    return channel_last(op.product)(vector)
+    """Av, as every algorithm computes it: in full precision, its convolutions laid out for the platform."""
+    with full_precision():
+        return channel_last(op.product)(vector)
 
 
 def quadratic_form(op: Operator, vector: PyTree) -> Scalar:

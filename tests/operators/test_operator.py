@@ -91,3 +91,64 @@ def test_scalars_only():
         Diagonal(jnp.ones(3)) * jnp.ones(3)
     with pytest.raises(TypeError):
         Diagonal(jnp.ones(3)) + 1.0
+
+
+def precisions(function, *args) -> set:
+    """The precisions of all matrix products and convolutions in a program."""
+    found = set()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                found.add(equation.params["precision"])
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+def products_of_every_kind(precision=None):
+    """Operators whose product has a matrix product or a convolution in it, and a vector for each."""
+    w, x = jnp.ones((3, 4)), jnp.ones((5, 3))
+    image, kernel = jnp.ones((2, 1, 6, 6)), jnp.ones((4, 1, 3, 3))
+
+    def dense(w, x):
+        return jnp.mean(jnp.tanh(jnp.matmul(x, w, precision=precision)) ** 2)
+
+    def convolved(kernel, image):
+        dimensions = ("NCHW", "OIHW", "NCHW")
+        out = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", None, None, dimensions, precision=precision)
+        return jnp.mean(jnp.tanh(out) ** 2)
+
+    def forward(w, x):
+        return jnp.matmul(x, w, precision=precision)
+
+    matrix = jnp.eye(4)
+    return [
+        (hj.hvp(dense)(w, x), w),
+        (hj.hvp(jax.jit(dense), batch_size=2)(w, x), w),
+        (hj.hvp(convolved)(kernel, image), kernel),
+        (hj.ggn(forward, lambda out, y: jnp.sum((out - y) ** 2))(w, x, jnp.zeros((5, 4))), w),
+        (hj.operator(lambda v: jnp.matmul(matrix, v, precision=precision), jnp.ones(4)), jnp.ones(4)),
+        (hj.operator(lambda v: jnp.matmul(jnp.eye(4), v, precision=precision), jnp.ones(4)), jnp.ones(4)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_products_use_full_precision_unless_another_is_chosen(index):
+    highest, default = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+    op, vector = products_of_every_kind()[index]
+    assert precisions(lambda op, v: op @ v, op, vector) == {(highest, highest)}
+    key = jax.random.key(0)
+    assert (default, default) not in precisions(lambda op: hj.lanczos(op, 3, key).diagonal, op)
+    assert None not in precisions(lambda op: hj.lanczos(op, 3, key).diagonal, op)
+    chosen, vector = products_of_every_kind(default)[index]
+    assert (default, default) in precisions(lambda op, v: op @ v, chosen, vector)
+    with jax.default_matmul_precision("high"):
+        op, vector = products_of_every_kind()[index]
+        high = jax.lax.Precision.HIGH
+        assert (high, high) in precisions(lambda op, v: op @ v, op, vector)
+    assert jax.config.jax_default_matmul_precision is None
