@@ -36,7 +36,7 @@ def bare_products(hessian: hj.Operator, vector: PyTree, scale: Array, count: int
     """The solver's products and nothing else: (A / scale)^count v."""
 
     def step(vector: PyTree, _: None) -> tuple[PyTree, None]:
-        return jtu.tree_map(lambda leaf: leaf / scale, hessian.product(vector)), None
+        return jtu.tree_map(lambda leaf: leaf / scale, hessian @ vector), None
 
     return jax.lax.scan(step, vector, length=count)[0]
 
@@ -73,7 +73,7 @@ def memory(hessian: hj.Operator, key: Array, vector: PyTree, count: int, ncv: in
     unit = sum(leaf.size * leaf.dtype.itemsize for leaf in jtu.tree_leaves(hessian.structure))
     dimension = default_ncv(hessian.structure, K, WHICH) if ncv is None else ncv
     temporary, output = program_bytes(lambda op, key: solve(op, key, ncv), hessian, key)
-    product, _ = program_bytes(lambda op, v: op.product(v), hessian, vector)
+    product, _ = program_bytes(lambda op, v: op @ v, hessian, vector)
     looped, _ = program_bytes(lambda op, v: bare_products(op, v, jnp.ones(()), count), hessian, vector)
     return {
         "ncv": dimension,

@@ -1,11 +1,14 @@
 import os
+from importlib.metadata import version
 
 # Two devices, so that sharded leaves can be tested. Code that runs once need not be optimized: an eighth of the time to
 # compile. One thread of OpenBLAS for each worker: they wait for each other without sleeping. All of this must precede
 # the first use of jax.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    # Later versions know no such flag, and end the process.
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

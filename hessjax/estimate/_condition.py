@@ -25,7 +25,7 @@ def condition_number(op: Operator | Any, key: Any, *, tol: Any = 1e-3, like: PyT
 
     Returns:
         A scalar. The standard error is no spread here but what the eigenvalues' error bounds leave open, to first
-        order; infinite where they leave λmin = 0 open. NaN where λmin is negative. Differentiable.
+        order; infinite where they leave λmin = 0 open. NaN where λmin is negative beyond them. Differentiable.
 
     Raises:
         ValueError: the operator has fewer than two entries, or `tol` is out of range.
@@ -43,6 +43,7 @@ def condition_number(op: Operator | Any, key: Any, *, tol: Any = 1e-3, like: PyT
     pairs = eigsh(op, 2, key, which="BE", tol=tol)
     low, high = pairs.eigenvalues
     bounds = lax.stop_gradient(pairs.error_bounds / jnp.abs(pairs.eigenvalues))
-    value = jnp.where(low < 0, jnp.nan, high / low)
+    indefinite = low < -pairs.error_bounds[0]  # and not only by rounding, as λmin = 0 may come out
+    value = jnp.where(indefinite, jnp.nan, jnp.where(low > 0, high / low, jnp.inf))
     left_open = jnp.where(bounds[0] < 1, jnp.sum(bounds) * lax.stop_gradient(value), jnp.inf)
-    return Estimate(value, jnp.where(low < 0, jnp.nan, left_open), pairs.num_matvecs)
+    return Estimate(value, jnp.where(indefinite, jnp.nan, left_open), pairs.num_matvecs)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from hessjax._vectors import matmul
 from hessjax.estimate._result import Estimate, rounding_of
 from hessjax.estimate._sketch import Sketch
 
@@ -28,13 +29,13 @@ def from_left_out(
         num_matvecs: products that were spent.
     """
     out, w = s.left_out, s.coordinates
-    seen = out.T @ w  # of probe j along the direction that leaving i out takes away
-    crossed, curved = out.T @ cross, out.T @ (core @ w)
-    bent, angle = out.T @ core @ out, out.T @ out
+    seen = matmul(out.T, w)  # of probe j along the direction that leaving i out takes away
+    crossed, curved = matmul(out.T, cross), matmul(out.T, matmul(core, w))
+    bent, angle = matmul(out.T, matmul(core, out)), matmul(out.T, out)
     lengths, gone = s.lengths, s.removed
     whole = jnp.trace(core)
     own = jnp.diagonal
-    base = forms - jnp.sum(w * cross, axis=0) + jnp.sum(w * (core @ w), axis=0)
+    base = forms - jnp.sum(w * cross, axis=0) + jnp.sum(w * matmul(core, w), axis=0)
     base_length = lengths - jnp.sum(w**2, axis=0)
 
     def estimates(a: Array, b: Array, first: Array, second: Array) -> Array:

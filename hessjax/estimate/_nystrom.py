@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import epsilon, gram, inner, size_of, stacked, structure_of
+from hessjax._vectors import epsilon, gram, inner, matmul, size_of, stacked, structure_of
 from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import on_long_sphere, products
 from hessjax.estimate._result import Estimate, average, scaled
@@ -53,8 +53,8 @@ def xnystrace(data: Images) -> Estimate:
     inverse = lax.linalg.triangular_solve(factor, jnp.eye(k, dtype=middle.dtype), left_side=True, lower=True)
     root = combine(images, inverse.T)  # B with BBᵀ = Â: of half the condition that H⁻¹ has
     squares = gram(root, root)
-    whole, bent = jnp.trace(squares), inverse.T @ squares @ inverse
-    angle, others = inverse.T @ inverse, jnp.linalg.inv(gram(probes, probes))
+    whole, bent = jnp.trace(squares), matmul(inverse.T, matmul(squares, inverse))
+    angle, others = matmul(inverse.T, inverse), jnp.linalg.inv(gram(probes, probes))
     own, pivots, rest = jnp.diagonal, jnp.diagonal(angle), jnp.diagonal(others)
     # What a probe has outside the span of the others is scaled to the length that it has on average.
     alone = whole - own(bent) / pivots + (n - k + 1) * rest / pivots - n * shift

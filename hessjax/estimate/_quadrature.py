@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import scalar_dtype
+from hessjax._vectors import matmul, scalar_dtype
 from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonal_eigh, tridiagonalize
 from hessjax.krylov._basis import Basis
@@ -147,14 +147,14 @@ def _pairings(rows: PyTree, images: PyTree) -> Float[Array, "probes num_steps nu
 
 def _slopes(nodes: Array, vectors: Array, change: Array) -> tuple[Array, Array]:
     """Derivatives of a probe's nodes and weights, from that of QᵀAQ."""
-    change = vectors.T @ ((change + change.T) / 2) @ vectors
+    change = matmul(vectors.T, matmul((change + change.T) / 2, vectors))
     first = vectors[0]
     gaps = nodes[:, None] - nodes[None, :]
     # Not by the gap alone: fused arithmetic leaves a rounding error where a node is taken from itself.
     live = jnp.any(vectors != 0, axis=0)
     apart = ~jnp.eye(first.size, dtype=bool) & live & live[:, None] & (gaps != 0)
     ratios = jnp.where(apart, change / jnp.where(apart, gaps, 1), 0)
-    return jnp.diagonal(change), 2 * first * (ratios @ first)
+    return jnp.diagonal(change), 2 * first * matmul(ratios, first)
 
 
 @eqx.filter_custom_jvp

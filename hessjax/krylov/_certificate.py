@@ -26,10 +26,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import divide, inner, norm, subtract
+from hessjax._vectors import divide, inner, matmul, norm, subtract
 from hessjax.krylov._projected import Ritz
 
 LOW, HIGH = 0, 1  # the sides; the low side of S is the high side of -S
@@ -56,7 +55,7 @@ def start_suffices(ritz: Ritz, frontier: Bool[Array, " rows"], thresholds: Float
 
     def proves(x: Scalar) -> Array:
         weights = jnp.where(ritz.live, coupling / _nonzero(x - ritz.values), 0)
-        kernel = _matmul(ritz.vectors, weights / _nonzero(jnp.max(jnp.abs(weights))))
+        kernel = matmul(ritz.vectors, weights / _nonzero(jnp.max(jnp.abs(weights))))
         return limit * jnp.square(kernel[0]) <= jnp.sum(jnp.square(kernel))
 
     return jnp.all(jnp.stack([~jnp.isfinite(x) | proves(x) for x in thresholds]))
@@ -139,8 +138,8 @@ class Probe(eqx.Module):
     def lift(self, ritz: Ritz) -> Float[Array, " rows"]:
         """The coefficients D Fᵀz_j on the frontier rows, by which S z_j exceeds the projected A z_j."""
         distance = self.points[self.side] - ritz.values
-        weights = jnp.where(ritz.live, _matmul(self.overlap, ritz.couplings) / _nonzero(distance), 0)
-        return jnp.where(self.active, _matmul(ritz.couplings, weights), 0)
+        weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _nonzero(distance), 0)
+        return jnp.where(self.active, matmul(ritz.couplings, weights), 0)
 
     def recur(
         self, z: PyTree, image: PyTree, lift: Float[Array, " rows"], when: Bool[Array, ""]
@@ -150,7 +149,7 @@ class Probe(eqx.Module):
         These terms go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as
         rounding allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
         """
-        alpha = jnp.where(when, inner(z, image) + _matmul(self.overlap, lift), 0)
+        alpha = jnp.where(when, inner(z, image) + matmul(self.overlap, lift), 0)
         beta = jnp.where(when, self.beta, 0)
         return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - beta * y).astype(w.dtype), image, z, self.last)
 
@@ -210,10 +209,6 @@ class Probe(eqx.Module):
         return probe, divide(image, beta)
 
 
-def _matmul(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
-
-
 def _nonzero(x: Array) -> Array:
     """x, kept away from zero by the smallest normal number."""
     tiny = jnp.finfo(x.dtype).tiny
@@ -223,4 +218,4 @@ def _nonzero(x: Array) -> Array:
 def _self_energy(ritz: Ritz, x: Scalar) -> Float[Array, "rows rows"]:
     """D = C (x - H)⁻¹ Cᵀ on the frontier rows."""
     weights = jnp.where(ritz.live, 1 / _nonzero(x - ritz.values), 0)
-    return _matmul(ritz.couplings * weights, ritz.couplings.T)
+    return matmul(ritz.couplings * weights, ritz.couplings.T)
