@@ -81,7 +81,7 @@ def contract(x: Array, y: Array, axes: Any, dtype: DTypeLike) -> Array:
 
 
 def matmul(x: Array, y: Array) -> Array:
-    """X @ y at the highest precision: a GPU's default shortens float32 to 10 bits of mantissa."""
+    """The product x @ y at the highest precision: a GPU's default shortens float32 to 10 bits of mantissa."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._function import as_integer
-from hessjax._vectors import contract, norm
+from hessjax._vectors import contract, matmul, norm
 from hessjax.estimate._tridiagonal import tridiagonal_eigh
 from hessjax.krylov._lanczos import Lanczos, lanczos
 from hessjax.operators._operator import Operator, as_operator
@@ -86,4 +85,4 @@ def _coefficients(f: Callable[[Array], Array], run: Lanczos, steps: Array) -> Fl
     diagonal, off_diagonal = jnp.where(live, run.diagonal, 0), jnp.where(live[1:], run.off_diagonal, 0)
     values, vectors = tridiagonal_eigh(diagonal, off_diagonal, steps)
     weights = jnp.where(vectors[0] != 0, f(values) * vectors[0], 0)
-    return jnp.matmul(vectors, weights, precision=lax.Precision.HIGHEST)
+    return matmul(vectors, weights)

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Scalar
 
-from hessjax._vectors import epsilon, size_of
+from hessjax._vectors import epsilon, matmul, size_of
 from hessjax.krylov._eigenpairs import Eigenpairs
 from hessjax.krylov._projected import neighbour_gaps, preference
 from hessjax.operators._operator import Operator
@@ -30,7 +30,7 @@ def dense_eigenpairs(op: Operator, which: str, sigma: Scalar | None, k: int, tol
     wanted = jnp.sort(preference(values - (0 if sigma is None else sigma / unit), jnp.ones(n, bool), which)[:k])
     gaps = neighbour_gaps(values, jnp.ones(n, bool))[wanted]
     values, vectors = values[wanted], vectors[:, wanted]
-    image = jnp.matmul(matrix, vectors, precision=lax.Precision.HIGHEST)
+    image = matmul(matrix, vectors)
     scale = jnp.max(jnp.abs(values), initial=0) + jnp.linalg.norm(matrix) * eps
     scale = jnp.maximum(scale, jnp.max(jnp.linalg.norm(matrix, axis=0)))
     rounding = eps * scale * max(n**0.5, 16.0)

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
+from hessjax._vectors import matmul
+
 # Leading sizes that a projected problem is solved at. Up to 62 rows OpenBLAS, the CPU's LAPACK, runs `eigh` on one
 # thread. Above, it wakes a thread per core for loops of microseconds and waits for all of them: where other programs
 # share the cores, 0.2 ms become 10 ms at 64 rows, and 1 ms becomes 170 ms at 136.
@@ -105,7 +107,7 @@ def _rayleigh_ritz(
     live = jnp.arange(expanded.size) < count
     vectors = jnp.where(expanded[:, None] & live[None, :], vectors, 0)
     coupled = jnp.where(frontier[:, None] & expanded[None, :], projected / unit, 0)
-    couplings = unit * jnp.matmul(coupled, vectors, precision=lax.Precision.HIGHEST)
+    couplings = unit * matmul(coupled, vectors)
     return Ritz(jnp.where(live, values * unit, 0), vectors, couplings, count)
 
 

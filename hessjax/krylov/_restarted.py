@@ -33,7 +33,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, norm, scalar_dtype, select
+from hessjax._vectors import divide, draw, epsilon, matmul, norm, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -372,7 +372,7 @@ class Iteration(eqx.Module):
         chosen = position < keep
         carry = (moved[:, None] == position[None, :]).astype(ritz.values.dtype)
         transform = jnp.where(chosen, ritz.vectors[:, kept], 0) + carry
-        couplings = jnp.matmul(carry.T, jnp.where(chosen, ritz.couplings[:, kept], 0), precision=lax.Precision.HIGHEST)
+        couplings = matmul(carry.T, jnp.where(chosen, ritz.couplings[:, kept], 0))
         values = jnp.where(chosen, ritz.values[kept], 0)
         compressed = dataclasses.replace(
             state,

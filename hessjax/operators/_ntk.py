@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree, Scalar
 
 from hessjax._function import Function, as_function
+from hessjax._vectors import matmul
 from hessjax.operators._examples import Data, as_arguments, hoisted, linearize
 from hessjax.operators._hessian import count_examples
 from hessjax.operators._operator import Operator
@@ -141,6 +142,6 @@ def _each(matrices: Array, vectors: PyTree) -> PyTree:
 
     def apply(matrix: Array, vector: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(vector)
-        return unravel(jnp.matmul(matrix, flat, precision=jax.lax.Precision.HIGHEST))
+        return unravel(matmul(matrix, flat))
 
     return jax.vmap(apply)(matrices, vectors)

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import Function
+from hessjax._vectors import matmul
 from hessjax.operators._hessian import as_scalar
 
 
@@ -59,11 +60,11 @@ class SampledCurvature(eqx.Module):
         target, key = target
         root = root_of(output_hessian(self.loss, output, constants, target))
         signs = jax.random.rademacher(key, (root.shape[0], self.num_samples), root.dtype)
-        return through_samples(jnp.matmul(root, signs, precision=jax.lax.Precision.HIGHEST).T, tangent)
+        return through_samples(matmul(root, signs).T, tangent)
 
 
 def through_samples(samples: Float[Array, "m c"], tangent: PyTree) -> PyTree:
     """(1/M) Σᵢ gᵢ (gᵢᵀu), where u is a pytree and the samples are flat."""
     flat, unravel = ravel_pytree(tangent)
-    along = jnp.matmul(samples, flat, precision=jax.lax.Precision.HIGHEST)
-    return unravel(jnp.matmul(along, samples, precision=jax.lax.Precision.HIGHEST) / samples.shape[0])
+    along = matmul(samples, flat)
+    return unravel(matmul(along, samples) / samples.shape[0])
