@@ -73,6 +73,16 @@ class Basis(eqx.Module):
             storage,
         )
 
+    @classmethod
+    def of(cls, rows: PyTree[Float[Array, "m ..."]], num_rows: int) -> "Basis":
+        """A basis that begins with the given orthonormal rows; the others are zero."""
+        structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+        empty, blocks, start = cls.zeros(structure, num_rows), [], 0
+        for block, size in zip(empty.blocks, empty.sizes, strict=True):
+            blocks.append(jtu.tree_map(lambda x, old, at=start: old.at[: x[at:].shape[0]].set(x[at : at + len(old)]), rows, block))
+            start += size
+        return cls(tuple(blocks), empty.dtypes, empty.storage)
+
     @property
     def width(self) -> int:
         """The number of entries of a vector."""
@@ -221,6 +231,28 @@ class Basis(eqx.Module):
             out = lax.cond(used, accumulate, lambda _block, out, _weights: out, block, out, weights[here])
             start += rows
         return out
+
+    def reflect(self, mirror: Float[Array, " num_rows"], when: Bool[Array, ""]) -> "Basis":
+        """The basis Q (I - 2 mmᵀ) for a unit vector m, in place, if `when` holds."""
+
+        def turn(_: Array, blocks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            basis = Basis(blocks, self.dtypes, self.storage)
+            image = basis.combine(-2 * mirror[:, None], mirror != 0)
+            changed, start = [], 0
+            for block, rows in zip(blocks, self.sizes, strict=True):
+                weights = mirror[start : start + rows]
+                moved = jtu.tree_map(
+                    lambda old, x, w=weights: (old + contract(w, x[0], 0, w.dtype)).astype(old.dtype),
+                    self._open(block),
+                    image,
+                )
+                changed.append(jtu.tree_map(lambda x: _kept(x, self.storage), moved))
+                start += rows
+            return tuple(changed)
+
+        # A loop of one turn or none, as in `rotate`: a branch would copy the basis.
+        blocks = lax.fori_loop(0, when.astype(jnp.int32), turn, self.blocks)
+        return Basis(blocks, self.dtypes, self.storage)
 
     def rotate(self, transform: Float[Array, "num_rows num_rows"], when: Bool[Array, ""]) -> "Basis":
         """The basis Q · transform, in place, if `when` holds.

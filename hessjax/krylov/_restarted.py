@@ -17,7 +17,8 @@ Thick-restart Lanczos, doi:10.1137/S0895479898334605).
 
 Invariants at the head of the loop:
     rows [0, count) are orthonormal; `expanded` of them have been multiplied, the others are the frontier;
-    `projected` holds qᵢᵀAqⱼ wherever i or j is expanded, and A q of an expanded q lies in the span of the rows;
+    `projected` holds qᵢᵀAqⱼ wherever i or j is expanded, and A q of an expanded q lies in the span of the rows (where
+        neither is, it holds nothing, or what a model says);
     `vector` is the unit vector to multiply: row `target`, or the probe's z;
     `num_matvecs` products have been spent;
     `digging` holds after a probe that grew too long, until `dig_until` products have been spent;
@@ -83,7 +84,6 @@ class Iteration(eqx.Module):
     def init(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
         """Frontier rows from the orthonormalised start block, leaving out what depends on earlier ones."""
         structure = self.op.structure
-        dtype = scalar_dtype(structure)
         block = jtu.tree_leaves(start)[0].shape[0]
         rows = rows_held(self.plan.ncv + block + 1, self.plan.storage)
 
@@ -96,10 +96,15 @@ class Iteration(eqx.Module):
             good = left > 64 * self.eps
             return basis.set_row(jnp.where(good, count, rows), divide(vector, left)), count + good
 
-        empty, integer = Basis.zeros(structure, rows, self.plan.storage), jnp.zeros((), jnp.int32)
-        basis, count = lax.fori_loop(0, block, fill, (empty, integer))
-        zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
-        state = State(
+        empty = Basis.zeros(structure, rows, self.plan.storage)
+        basis, count = lax.fori_loop(0, block, fill, (empty, jnp.zeros((), jnp.int32)))
+        return basis, self.begin(basis, count, spent)
+
+    def begin(self, basis: Basis, count: Int[Array, ""], spent: int | Int[Array, ""] = 0) -> State:
+        """The first `count` rows are the frontier, and nothing has been expanded."""
+        rows, dtype, integer = sum(basis.sizes), scalar_dtype(self.op.structure), jnp.zeros((), jnp.int32)
+        zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.op.structure)
+        return State(
             vector=basis.row(integer),
             target=integer,
             projected=jnp.zeros((rows, rows), dtype),
@@ -117,7 +122,6 @@ class Iteration(eqx.Module):
             num_matvecs=jnp.asarray(spent, jnp.int32),
             status=integer,
         )
-        return basis, state
 
     def run(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
         """Steps from a start block, for which `spent` products were made, until the status is no longer RUNNING."""
@@ -152,7 +156,7 @@ class Iteration(eqx.Module):
         """One product, and whatever follows from it."""
         turn = Turn(basis, state, self.op.product(state.vector), jnp.asarray(IMAGE))
         turn = lax.while_loop(lambda turn: turn.phase != DONE, lambda turn: self._absorb(turn), turn)
-        basis, state = self._restart(turn.basis, turn.state)
+        basis, state = self._aim(*self._restart(turn.basis, turn.state))
         vector = lax.cond(state.probe.active, lambda: turn.incoming, lambda: basis.row(state.target))
         return basis, dataclasses.replace(state, vector=vector)
 
@@ -351,6 +355,10 @@ class Iteration(eqx.Module):
         couplings = jnp.where(verdict.unsettled, state.ritz.couplings[:, verdict.wanted], 0) / _nonzero(state.scale)
         weight = jnp.where(state.digging, jnp.arange(state.frontier.size), jnp.sum(jnp.square(couplings), axis=1))
         return jnp.where(state.frontier, weight, -1)
+
+    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State]:
+        """A last chance to turn the frontier before its row `target` is multiplied."""
+        return basis, state
 
     def _restart(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Compresses a full basis to the better Ritz vectors and the frontier, or gives up after `maxiter`."""

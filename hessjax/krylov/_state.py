@@ -36,7 +36,11 @@ class Plan(eqx.Module):
 
 
 class State(eqx.Module):
-    """Where the iteration stands, apart from the basis itself. See the invariants of `_restarted`."""
+    """Where the iteration stands, apart from the basis itself. See the invariants of `_restarted`.
+
+    Of a warm iteration only: `guess` holds the eigenpairs of the projected matrix with a model in its unknown part, and
+    `direction`, in the coordinates of the rows, what it would have multiplied next.
+    """
 
     vector: PyTree
     target: Int[Array, ""]
@@ -54,6 +58,8 @@ class State(eqx.Module):
     restarts: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     status: Int[Array, ""]
+    guess: Ritz | None = None
+    direction: Float[Array, " rows"] | None = None
 
     @property
     def digging(self) -> Bool[Array, ""]:

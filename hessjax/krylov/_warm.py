@@ -1,71 +1,100 @@
-"""A solve that starts from the eigenvectors of a nearby operator, for operators that change step by step.
+"""A solve that starts from what is known of a nearby operator, for operators that change step by step.
 
-The iteration is that of `eigsh`, from a block of start vectors, with two changes. All start rows are multiplied before
-anything is judged: each of them stands for an eigenvalue, and a residual says nothing of those that were left out. And
-the certificate, which costs more than a good start leaves to do, is made only when there is cause: when the caller
+The iteration is that of `eigsh`, with three changes.
+
+*A model.* Beside the k wanted vectors come *guards*, the next best, and a value for each: together a low-rank model of
+the operator as it was. All of them are rows of the basis from the start, but only the wanted ones are multiplied. The
+model fills the part of the projected matrix that no product has shown, and makes it whole. Its wanted eigenvectors are
+then the best guess at the true ones, and what of them lies in rows that were not multiplied is the direction to
+multiply next: the frontier is reflected so that one of its rows is that direction. This is the generalized Davidson
+method (Morgan and Scott, doi:10.1137/0907054) with the model as preconditioner. What an eigenvector has turned towards
+its neighbours since, the model finds in one product; a Krylov space has to tell them apart by their values, which at the
+edge of stability lie within 2%. From one measurement to the next the model is the least change that agrees with every
+product made (Powell's symmetric update), cut down to its best eigenpairs.
+
+*What settles.* All wanted start rows are multiplied before anything is judged: each of them stands for an eigenvalue,
+and a residual says nothing of those that were left out. Nor has anything settled while a wanted eigenvector of the
+model lies mostly in rows that were not multiplied: a guard whose value has risen past a wanted one is one.
+
+*The certificate*, which costs more than a good start leaves to do, is made only when there is cause: when the caller
 asks, when a wanted value has moved by a tenth, or when the start was so poor that eight times its products were needed.
-
-Beside the k wanted rows the block holds *guards*, the next best Ritz vectors. They are multiplied and never judged. A
-value that rises past the wanted ones is among them before it does, and the wanted ones converge at the rate of the gap
-behind the guards. On digits at the edge of stability, where five values lie within 2%, one guard saved products.
 
 With `grow_above` fewer than k pairs may be wanted: those above it, and the next one. How many that is follows from the
 Ritz values, which never exceed the eigenvalues that they stand for, and is found anew at every turn.
 """
 
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import draw, select
+from hessjax._vectors import contract, divide, draw, gram, matmul, norm, select, stacked
+from hessjax.krylov._basis import Basis
+from hessjax.krylov._dense import sequential_eigh
 from hessjax.krylov._eigsh import _fix_signs
-from hessjax.krylov._projected import Verdict
+from hessjax.krylov._projected import Ritz, Verdict, preference, refresh
 from hessjax.krylov._restarted import Iteration
-from hessjax.krylov._state import BROKEN, CERTIFIED, Plan, State
+from hessjax.krylov._state import BROKEN, CERTIFIED, RUNNING, Plan, State
 from hessjax.operators._operator import Operator
 from hessjax.operators._packing import Packed, Packing
 
 WHICH = ("LA", "SA", "LM", "BE")
 _DIMENSION = 20  # expanded rows before a restart, at least; SciPy's own least
 _RESTARTS = 8  # about a hundred products: what has not converged by then goes on from there next time
-_PATIENCE = 8  # products for each start row, beyond which the start was no better than a random one
+_PATIENCE = 8  # products for each start row and one more, beyond which the start was no better than a random one
 _MOVED = 0.1  # of the largest wanted value
 
 
+class LowRank(eqx.Module):
+    """What is known of an operator: its part in the span of m orthonormal vectors, by its eigenpairs.
+
+    Attributes:
+        values: (m,), the most wanted first.
+        vectors: the operator's structure with a leading axis m. Zero where nothing is known.
+    """
+
+    values: Float[Array, " m"]
+    vectors: PyTree[Float[Array, "m ..."]]
+
+
 class WarmPairs(eqx.Module):
-    """k eigenpairs and g guards.
+    """k eigenpairs, and the model that they leave.
 
     Attributes:
         values: (k,), ascending; NaN for pairs that were not wanted, which come first, and all of them NaN where a
             product was not finite.
         residuals: (k,), ‖Av - λv‖, absolute; infinite where the values are NaN.
-        block: the operator's structure with a leading axis k + g: the eigenvectors in the order of `values`, then the
-            guards. Zero where the values are NaN, or where the space has fewer dimensions.
+        vectors: the operator's structure with a leading axis k. Zero where the values are NaN.
+        model: of the operator as it is now.
         certified: none of the wanted eigenvalues was missed, by the certificate of `eigsh`.
         num_matvecs: products spent, those of the certificate included.
     """
 
     values: Float[Array, " k"]
     residuals: Float[Array, " k"]
-    block: PyTree[Float[Array, "rows ..."]]
+    vectors: PyTree[Float[Array, "k ..."]]
+    model: LowRank
     certified: Bool[Array, ""]
     num_matvecs: Int[Array, ""]
 
 
 class Warm(Iteration):
-    """`Iteration` from a block of good start vectors.
+    """`Iteration` from good start vectors and a model of the operator.
 
     Attributes:
-        rows: how many start vectors there are.
+        projected: (m, m), the model's matrix in the coordinates of the start rows.
+        rows: how many of the first rows have to be multiplied.
         expected: (k,), the wanted values as last seen, NaN for those that were not.
         certify: make the certificate in any case.
         grow_above: only the pairs above it are wanted and the next one, k at most; None for k pairs.
     """
 
+    projected: Float[Array, "m m"]
     rows: Int[Array, ""]
     expected: Float[Array, " k"]
     certify: Bool[Array, ""]
@@ -75,18 +104,66 @@ class Warm(Iteration):
     def fewest(self) -> int:
         return self.plan.k if self.grow_above is None else 1
 
-    def count(self, state: State) -> int | Int[Array, ""]:
+    def init(self, start: PyTree[Array], spent: int | Int[Array, ""] = 0) -> tuple[Basis, State]:
+        """The model is what is not yet known of the projected matrix.
+
+        Args:
+            start: orthonormal rows, then zeros.
+            spent: products made so far.
+        """
+        rows = self.plan.ncv + self.projected.shape[0] + 1
+        basis = Basis.of(start, rows)
+        filled = [jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in jtu.tree_leaves(start)]
+        count = jnp.sum(jnp.any(jnp.stack(filled), axis=0), dtype=jnp.int32)
+        state = self.begin(basis, count, spent)
+        known = self.projected.shape[0]
+        projected = state.projected.at[:known, :known].set(self.projected)
+        return basis, dataclasses.replace(state, projected=projected, guess=state.ritz, direction=state.ritz.values)
+
+    def count(self, ritz: Ritz) -> int | Int[Array, ""]:
         """How many pairs are wanted."""
         if self.grow_above is None:
             return self.plan.k
-        above = jnp.sum(state.ritz.live & (state.ritz.values > self.grow_above))
-        return jnp.minimum(above + 1, self.plan.k)
+        return jnp.minimum(jnp.sum(ritz.live & (ritz.values > self.grow_above)) + 1, self.plan.k)
 
     def judge(self, state: State) -> Verdict:
         """Pairs that are not wanted are stood for by the innermost wanted one, so that they change no verdict."""
-        within = jnp.arange(state.order.size) < self.count(state)
-        order = jnp.where(within, state.order, state.order[self.count(state) - 1])
-        return super().judge(dataclasses.replace(state, order=order))
+        count = self.count(state.ritz)
+        within = jnp.arange(state.order.size) < count
+        return super().judge(dataclasses.replace(state, order=jnp.where(within, state.order, state.order[count - 1])))
+
+    def _expand(
+        self, state: State, size: Scalar, coefficients: Array, left: Scalar, expanding: Bool[Array, ""]
+    ) -> tuple[State, Int[Array, ""]]:
+        """The model knows nothing of a new frontier row."""
+        state, row = super()._expand(state, size, coefficients, left, expanding)
+        return dataclasses.replace(state, projected=state.projected.at[row, row].set(self._ordinary(state))), row
+
+    def _ordinary(self, state: State) -> Scalar:
+        """A value that nobody wants, for rows of which nothing is known: 0, if that is one."""
+        values = jnp.diagonal(state.projected)
+        low = jnp.min(jnp.where(state.expanded, values, jnp.inf))
+        high = jnp.max(jnp.where(state.expanded, values, -jnp.inf))
+        ordinary = {"LA": jnp.minimum(low, 0), "SA": jnp.maximum(high, 0), "LM": 0.0, "BE": (low + high) / 2}
+        return jnp.where(jnp.any(state.expanded), ordinary[self.plan.which], 0)
+
+    def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
+        """Beside the Ritz pairs, the eigenpairs of the model.
+
+        A start that was no better than a random one says the same of the model, which is then forgotten.
+        """
+        state, looked = super()._look(state, expanding)
+        unseen = state.frontier[:, None] & state.frontier[None, :]
+        blank = jnp.diag(jnp.where(state.frontier, self._ordinary(state), 0))
+        whole = jnp.where(unseen & ~self._patient(state), blank, state.projected)
+        guess = refresh(looked, whole, state.live, jnp.zeros_like(state.live), _existing(state.guess))
+        wanted = preference(guess.values, guess.live, self.plan.which)[: self.plan.k]
+        within = (jnp.arange(self.plan.k) < self.count(guess)) & guess.live[wanted]
+        unseen = jnp.where(state.frontier[:, None] & within, guess.vectors[:, wanted], 0)
+        return dataclasses.replace(state, guess=guess, direction=unseen[:, jnp.argmax(jnp.sum(unseen**2, axis=0))]), looked
+
+    def _patient(self, state: State) -> Bool[Array, ""]:
+        return state.num_matvecs <= _PATIENCE * (self.rows + 1)
 
     def _settle(
         self, state: State, verdict: Verdict, looked: Bool[Array, ""], limit: Scalar
@@ -96,22 +173,58 @@ class Warm(Iteration):
         It is not once a certificate has been begun: what made it raise an alarm may not be all that was missed.
         """
         del limit
-        started = jnp.arange(state.frontier.size) < self.rows
-        settled = looked & verdict.settled & ~state.digging & ~jnp.any(state.frontier & started)
+        fresh = state.probe.steps == 0
+        claimed = fresh & (jnp.sum(jnp.square(_existing(state.direction))) > 0.5)
+        settled = looked & verdict.settled & ~state.digging & ~jnp.any(self._starting(state)) & ~claimed
         values = state.ritz.values[verdict.wanted]
         moved = jnp.abs(values - self.expected) > _MOVED * jnp.max(jnp.abs(values))  # not where nothing was expected
-        quick = state.num_matvecs <= _PATIENCE * self.rows
-        return settled, settled & ~jnp.any(moved) & quick & ~self.certify & (state.probe.steps == 0)
+        return settled, settled & ~jnp.any(moved) & self._patient(state) & ~self.certify & fresh
+
+    def _starting(self, state: State) -> Bool[Array, " rows"]:
+        """The wanted start rows that have not been multiplied."""
+        return state.frontier & (jnp.arange(state.frontier.size) < self.rows)
 
     def _urgency(self, state: State, verdict: Verdict) -> Float[Array, " rows"]:
         """Start rows come first."""
-        first = state.frontier & (jnp.arange(state.frontier.size) < self.rows)
-        return jnp.where(first, jnp.inf, super()._urgency(state, verdict))
+        return jnp.where(self._starting(state), jnp.inf, super()._urgency(state, verdict))
+
+    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State]:
+        """Reflects the frontier so that one of its rows is what the model wants to know of.
+
+        Not once a certificate has begun: the directions that it finds are to be multiplied themselves.
+        """
+        direction = _existing(state.direction)
+        size = jnp.sqrt(jnp.sum(jnp.square(direction)))
+        target = jnp.argmax(jnp.abs(direction)).astype(jnp.int32)
+        guided = (state.status == RUNNING) & (state.probe.steps == 0) & (size > 0)
+        guided &= ~jnp.any(self._starting(state)) & (jnp.sum(state.frontier) > 1)
+        mirror = direction.at[target].add(jnp.where(direction[target] < 0, -size, size))
+        mirror = jnp.where(guided, mirror / _nonzero(jnp.sqrt(jnp.sum(jnp.square(mirror)))), 0)
+
+        def reflect(rows: Array) -> Array:
+            return rows - 2 * mirror[:, None] * matmul(mirror, rows)
+
+        ritz = dataclasses.replace(state.ritz, couplings=reflect(state.ritz.couplings))
+        return basis.reflect(mirror, guided), dataclasses.replace(
+            state,
+            projected=reflect(reflect(state.projected).T),
+            ritz=ritz,
+            target=jnp.where(guided, target, state.target),
+        )
+
+    def _compress(self, state: State) -> tuple[State, Float[Array, "rows rows"]]:
+        """The model goes on in the frontier; its eigenpairs wait for the next look."""
+        compressed, transform = super()._compress(state)
+        unseen = state.frontier[:, None] & state.frontier[None, :]
+        kept = matmul(transform.T, matmul(jnp.where(unseen, state.projected, 0), transform))
+        none = Ritz.empty(state.expanded.size, state.scale.dtype)
+        return dataclasses.replace(compressed, projected=compressed.projected + kept, guess=none, direction=jnp.zeros_like(none.values)), transform
 
 
 def warm_eigenpairs(
     op: Operator,
-    start: PyTree[Float[Array, "rows ..."]],
+    first: PyTree[Float[Array, "k ..."]],
+    model: LowRank,
     expected: Float[Array, " k"],
     key: PRNGKeyArray,
     *,
@@ -120,47 +233,106 @@ def warm_eigenpairs(
     certify: Bool[Array, ""],
     grow_above: Scalar | None = None,
 ) -> WarmPairs:
-    """The k wanted eigenpairs of `op`, from eigenvectors of an operator near to it.
+    """The k wanted eigenpairs of `op`, from what is known of an operator near to it.
 
-    At least as many products as `start` has rows. Memory is max(20, 3 rows) + rows + 12 vectors.
+    At least as many products as pairs are wanted. Memory is max(20, 3k + 3) + 2k + m + 13 vectors.
 
     Args:
         op: symmetric A.
-        start: k + g vectors on the leading axis of every leaf; all zero for a start from a random vector.
-        expected: the k values that `start` belongs to; NaN if there are none, and the result will be certified.
+        first: vectors to start from before those of the model; zero for none.
+        model: of an operator near to A, m >= k vectors, its most wanted ones the start; all zero for a start from a
+            random vector.
+        expected: the k values that the start belongs to; NaN if there are none, and the result will be certified.
         key: draws the certificate's directions, and the start if there is none.
         which: LA, SA, LM or BE.
         tol: a pair converges when its residual is at most tol · |λ|.
         certify: make the certificate even if nothing calls for it.
         grow_above: with LA, compute only the pairs above it and the next one, k at most.
     """
-    k, rows = expected.size, jtu.tree_leaves(start)[0].shape[0]
+    k = expected.size
     packing = Packing.of(op.like)
     packed = Packed(op, packing)
-    block = packing.pack(start, batch=1)
-    filled = [jnp.any(leaf.reshape(rows, -1) != 0, axis=1) for leaf in block]
-    filled = jnp.sum(jnp.any(jnp.stack(filled), axis=0), dtype=jnp.int32)
-    blank = filled == 0
-    first, key = jax.random.split(key)
-    random = draw(first, packed.structure)
+    known = LowRank(model.values, packing.pack(model.vectors, batch=1))
+    block, projected = _start(known, packing.pack(first, batch=1))
+    blank = ~jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in block]))
+    direction, key = jax.random.split(key)
+    random = draw(direction, packed.structure)
+    random = divide(random, norm(random))
     block = jtu.tree_map(lambda leaf, z: leaf.at[0].set(jnp.where(blank, z, leaf[0])), block, random)
-    ncv = min(op.size, max(_DIMENSION, 3 * rows))
+    ncv = min(op.size, max(_DIMENSION, 3 * (k + 1)))
     plan = Plan(which, k, ncv, _RESTARTS, random_start=False)
-    certify, started = certify | blank, jnp.maximum(filled, 1)
-    iteration = Warm(packed, plan, tol, key, jnp.zeros_like(tol), started, expected, certify, grow_above)
+    wanted = jnp.maximum(jnp.sum(~jnp.isnan(expected), dtype=jnp.int32), 1)
+    iteration = Warm(packed, plan, tol, key, jnp.zeros_like(tol), projected, wanted, expected, certify | blank, grow_above)
     basis, state = iteration.run(block)
-    verdict, count = iteration.judge(state), iteration.count(state)
+    verdict, count = iteration.judge(state), iteration.count(state.ritz)
     finite = (state.status != BROKEN) & jnp.all(jnp.isfinite(verdict.residuals))
     held = finite & (jnp.arange(k) >= k - count)
-    # The guards are next in line. A row that holds nothing points at the last position, which never holds a pair.
-    following = jnp.clip(count + jnp.arange(rows - k), 0, state.order.size - 1)
-    chosen = jnp.concatenate([jnp.where(held, verdict.wanted, -1), state.order[following]])
-    found = packing.unpack(_fix_signs(basis.combine(state.ritz.vectors[:, chosen], state.live)), batch=1)
+    # A row that holds nothing points at the last position, which never holds a pair.
+    vectors = basis.combine(state.ritz.vectors[:, jnp.where(held, verdict.wanted, -1)], state.live)
+    guess = _existing(state.guess)
+    best = preference(guess.values, guess.live, which)[: model.values.size]
+    known = basis.combine(jnp.where(finite, guess.vectors[:, best], 0), state.live)
     proved = (state.probe.steps > 0) | (jnp.sum(state.expanded) >= op.size)
     return WarmPairs(
         jnp.where(held, state.ritz.values[verdict.wanted], jnp.nan),
         jnp.where(held, verdict.residuals, jnp.inf),
-        select(finite, found, jtu.tree_map(jnp.zeros_like, found)),
+        packing.unpack(select(finite, _fix_signs(vectors), jtu.tree_map(jnp.zeros_like, vectors)), batch=1),
+        LowRank(
+            jnp.where(finite, guess.values[best], 0),
+            packing.unpack(select(finite, known, jtu.tree_map(jnp.zeros_like, known)), batch=1),
+        ),
         finite & (state.status == CERTIFIED) & verdict.decisive & proved,
         state.num_matvecs,
     )
+
+
+def _start(
+    model: LowRank, first: PyTree[Float[Array, "k ..."]]
+) -> tuple[PyTree[Float[Array, "rows ..."]], Float[Array, "rows rows"]]:
+    """Orthonormal rows that span the model and `first`, those nearest to `first` in front; and the model's matrix.
+
+    Zero rows come last. Rows that are orthonormal but for rounding are so to its square afterwards (Newton and Schulz).
+    """
+    m, k, dtype = model.values.size, jtu.tree_leaves(first)[0].shape[0], model.values.dtype
+
+    def polished(change: Array, rows: PyTree, products: Array) -> PyTree:
+        return _combined(matmul(change, 1.5 * jnp.eye(len(change), dtype=dtype) - 0.5 * products), rows)
+
+    def as_they_are() -> tuple[PyTree, Array]:
+        rows = polished(jnp.eye(m, dtype=dtype), model.vectors, gram(model.vectors, model.vectors))
+        none = jtu.tree_map(jnp.zeros_like, first)
+        return stacked(rows, none), jnp.diag(jnp.concatenate([model.values, jnp.zeros(k, dtype)]))
+
+    def turned() -> tuple[PyTree, Array]:
+        beyond = first
+        for _ in range(2):
+            beyond = _combined(-gram(beyond, model.vectors), model.vectors, beyond)
+        squares, axes = sequential_eigh(gram(beyond, beyond))
+        beyond = _combined(jnp.where(squares > 1e-6, axes / jnp.sqrt(jnp.maximum(squares, 1e-6)), 0).T, beyond)
+        rows = stacked(model.vectors, beyond)
+        products, shares = gram(rows, rows), gram(rows, first)
+        held = jnp.diagonal(products) > 0.5
+        order = jnp.arange(k, 0, -1, dtype=dtype)
+        nearest = sequential_eigh(matmul(shares * order, shares.T) + 0.1 * jnp.diag(held.astype(dtype)))[1][:, ::-1].T
+        nearest = jnp.where(jnp.arange(m + k)[:, None] < jnp.sum(held), nearest, 0)
+        values = jnp.concatenate([model.values, jnp.zeros(k, dtype)])
+        return polished(nearest, rows, products), matmul(nearest * values, nearest.T)
+
+    anything = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jtu.tree_leaves(first)]))
+    return lax.cond(anything, turned, as_they_are)
+
+
+def _combined(weights: Float[Array, "p q"], rows: PyTree[Float[Array, "q ..."]], add: PyTree | None = None) -> PyTree:
+    """The p combinations of q rows, added to others."""
+    out = jtu.tree_map(lambda leaf: contract(weights, leaf, (1, 0), weights.dtype).astype(leaf.dtype), rows)
+    return out if add is None else jtu.tree_map(jnp.add, out, add)
+
+
+def _existing(part: Any) -> Any:
+    if part is None:
+        raise AssertionError("The iteration was not begun by `Warm.init`.")
+    return part
+
+
+def _nonzero(x: Array) -> Array:
+    return jnp.where(x == 0, 1, x)

@@ -31,6 +31,7 @@ class Settings(eqx.Module):
     which: str = eqx.field(static=True)
     tol: float = eqx.field(static=True)
     certify: int = eqx.field(static=True)
+    guards: int = eqx.field(static=True)
     history: int = eqx.field(static=True)
 
     @classmethod
@@ -46,6 +47,7 @@ class Settings(eqx.Module):
         grow_above: Any,
         tol: Any,
         certify: Any,
+        guards: Any,
         history: Any,
     ) -> "Settings":
         """Raises ValueError or TypeError in the caller's words."""
@@ -54,7 +56,8 @@ class Settings(eqx.Module):
             raise ValueError(f"`track_curvature` needs either a `loss` or an `operator=`, got {which_came}.")
         if which not in WHICH:
             raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-        counts = {"k": (k, 1), "every": (every, 1), "certify": (certify, 1), "history": (history, 0)}
+        counts = {"k": (k, 1), "every": (every, 1), "certify": (certify, 1), "guards": (guards, 0)}
+        counts |= {"history": (history, 0)}
         for name, (value, least) in counts.items():
             if as_integer(name, value) < least:
                 raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
@@ -90,5 +93,6 @@ class Settings(eqx.Module):
             which=which,
             tol=float(tol),
             certify=as_integer("certify", certify),
+            guards=as_integer("guards", guards),
             history=as_integer("history", history),
         )

@@ -35,8 +35,10 @@ class CurvatureState(NamedTuple):
         history: (length, k), the eigenvalues of the last `length` measurements, as a ring; None for a length of 0.
         history_steps: (length,), the steps they were measured at, -1 for none. The oldest comes first after
             `jnp.argsort(history_steps)`.
-        guards: further approximate eigenvectors, tracked beside the wanted ones.
-        earlier: eigenvectors and guards of the measurement before the last.
+        model_values: (k + guards,), approximate eigenvalues, the most wanted first.
+        model_vectors: approximate eigenvectors for them: what the last measurements left known of the Hessian, from
+            which the next one starts.
+        earlier: the first k of the `model_vectors` of the measurement before the last.
         swings: the last space was nearer to `earlier` than to the one between, so the next starts from `earlier`.
         entropy: the data of a random key that every measurement folds its step into.
     """
@@ -54,8 +56,9 @@ class CurvatureState(NamedTuple):
     update_overlap: Scalar
     history: Float[Array, "length k"] | None
     history_steps: Int[Array, " length"] | None
-    guards: PyTree[Float[Array, "guards ..."]]
-    earlier: PyTree[Float[Array, "rows ..."]]
+    model_values: Float[Array, " m"]
+    model_vectors: PyTree[Float[Array, "m ..."]]
+    earlier: PyTree[Float[Array, "k ..."]]
     swings: Bool[Array, ""]
     entropy: Array
 
@@ -86,8 +89,9 @@ def initial_state(params: PyTree, k: int, guards: int, history: int, key: PRNGKe
         update_overlap=jnp.full((), jnp.nan, dtype),
         history=jnp.full((history, k), jnp.nan, dtype) if history else None,
         history_steps=jnp.full(history, -1, jnp.int32) if history else None,
-        guards=rows(guards),
-        earlier=rows(k + guards),
+        model_values=jnp.zeros(k + guards, dtype),
+        model_vectors=rows(k + guards),
+        earlier=rows(k),
         swings=jnp.zeros((), bool),
         entropy=jnp.array(jax.random.key_data(key) if typed else key, copy=True),
     )

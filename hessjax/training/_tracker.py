@@ -11,14 +11,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._vectors import gram, select, size_of, stacked, structure_of
-from hessjax.krylov._warm import WarmPairs, warm_eigenpairs
+from hessjax._vectors import gram, size_of, structure_of
+from hessjax.krylov._warm import LowRank, WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, hvp, precondition
 from hessjax.training._settings import Settings
 from hessjax.training._state import CurvatureState, initial_state
 from hessjax.training._subspace import overlap, principal_angles
-
-_GUARDS = 1
 
 
 def track_curvature(
@@ -33,6 +31,7 @@ def track_curvature(
     grow_above: Any = None,
     tol: Any = 3e-3,
     certify: Any = 50,
+    guards: Any = 7,
     history: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Measures the k outermost eigenpairs of the Hessian during training; the updates pass through unchanged.
@@ -103,13 +102,13 @@ def track_curvature(
         >>> optax.tree.get(state, "eigenvalues").tolist()
         [8.0]
     """
-    settings = Settings.of(loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, history)
+    settings = Settings.of(loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, guards, history)
 
     def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
         n = size_of(structure_of(params))
         if settings.k > n:
             raise ValueError(f"`track_curvature` needs `k` <= {n}, the number of parameters, got {settings.k}.")
-        return initial_state(params, settings.k, _GUARDS, settings.history, key)
+        return initial_state(params, settings.k, min(settings.guards, n - settings.k), settings.history, key)
 
     def update(
         updates: optax.Updates,
@@ -167,11 +166,11 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
     key = state.entropy
     if settings.implementation is not None:
         key = jax.random.wrap_key_data(key, impl=settings.implementation)
-    last = stacked(state.eigenvectors, state.guards)
     count = state.step // settings.every
     pairs = warm_eigenpairs(
         op,
-        select(state.swings, state.earlier, last),
+        jtu.tree_map(lambda leaf: jnp.where(state.swings, leaf, 0), state.earlier),
+        LowRank(state.model_values, state.model_vectors),
         state.eigenvalues,
         jax.random.fold_in(key, state.step),
         which=settings.which,
@@ -179,18 +178,17 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
         certify=count % settings.certify == 0,
         grow_above=None if settings.grow_above is None else settings.grow_above.astype(state.eigenvalues.dtype),
     )
-    return _record(settings, state, given, pairs, last, count)
+    return _record(settings, state, given, pairs, count)
 
 
 def _record(
-    settings: Settings, state: CurvatureState, given: Measured, pairs: WarmPairs, last: PyTree, count: Array
+    settings: Settings, state: CurvatureState, given: Measured, pairs: WarmPairs, count: Array
 ) -> CurvatureState:
     """The state after a measurement, which is the `count`-th."""
-    k = settings.k
-    vectors = jtu.tree_map(lambda leaf: leaf[:k], pairs.block)
+    vectors, last = pairs.vectors, jtu.tree_map(lambda leaf: leaf[: settings.k], state.model_vectors)
     known, failed = jnp.isfinite(state.eigenvalues[-1]), ~jnp.isfinite(pairs.values[-1])
     angles = principal_angles(state.eigenvectors, vectors)
-    common = [jnp.sum(jnp.square(gram(vectors, jtu.tree_map(lambda leaf: leaf[:k], x)))) for x in (last, state.earlier)]
+    common = [jnp.sum(jnp.square(gram(vectors, x))) for x in (last, state.earlier)]
     grad = given.updates if given.grad is None else given.grad
     history, history_steps = state.history, state.history_steps
     if history is not None and history_steps is not None:
@@ -210,7 +208,8 @@ def _record(
         update_overlap=jnp.where(failed, jnp.nan, overlap(given.updates, vectors)),
         history=history,
         history_steps=history_steps,
-        guards=jtu.tree_map(lambda leaf: leaf[k:], pairs.block),
+        model_values=pairs.model.values,
+        model_vectors=pairs.model.vectors,
         earlier=jtu.tree_map(lambda leaf: jnp.where(failed, 0, leaf).astype(leaf.dtype), last),
         swings=common[1] > common[0],
         entropy=state.entropy,
