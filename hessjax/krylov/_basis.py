@@ -79,7 +79,8 @@ class Basis(eqx.Module):
         structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
         empty, blocks, start = cls.zeros(structure, num_rows), [], 0
         for block, size in zip(empty.blocks, empty.sizes, strict=True):
-            blocks.append(jtu.tree_map(lambda x, old, at=start: old.at[: x[at:].shape[0]].set(x[at : at + len(old)]), rows, block))
+            here = jtu.tree_map(lambda leaf, at=start, size=size: leaf[at : at + size], rows)
+            blocks.append(jtu.tree_map(lambda old, new: old.at[: new.shape[0]].set(new), block, here))
             start += size
         return cls(tuple(blocks), empty.dtypes, empty.storage)
 

@@ -249,7 +249,7 @@ def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k
         if leaf.size == 0:
             continue
         flat = leaf.reshape(leaf.shape[0], -1)
-        # The first of the largest entries, as `argmax` finds it; that is one scalar loop on a CPU, these are two fast ones.
+        # The first of the largest entries, as `argmax` finds it; that is a slow loop on a CPU, these are fast ones.
         largest = jnp.abs(flat) == jnp.max(jnp.abs(flat), axis=1, keepdims=True)
         at = jnp.min(jnp.where(largest, jnp.arange(flat.shape[1]), flat.shape[1] - 1), axis=1)
         value = jnp.take_along_axis(flat, at[:, None], axis=1)[:, 0]

@@ -35,12 +35,20 @@ class Plan(eqx.Module):
         return min(self.k + max((self.ncv - self.k) // 2, 1), self.ncv - 1)
 
 
-class State(eqx.Module):
-    """Where the iteration stands, apart from the basis itself. See the invariants of `_restarted`.
+class Guide(eqx.Module):
+    """What a model of the operator says, in the coordinates of all rows. See `_warm`.
 
-    Of a warm iteration only: `guess` holds the eigenpairs of the projected matrix with a model in its unknown part, and
-    `direction`, in the coordinates of the rows, what it would have multiplied next.
+    Attributes:
+        pairs: the eigenpairs of the projected matrix with the model in its unknown part.
+        direction: what lies in the frontier of the wanted one of which most does.
     """
+
+    pairs: Ritz
+    direction: Float[Array, " rows"]
+
+
+class State(eqx.Module):
+    """Where the iteration stands, apart from the basis itself. See the invariants of `_restarted`."""
 
     vector: PyTree
     target: Int[Array, ""]
@@ -58,8 +66,7 @@ class State(eqx.Module):
     restarts: Int[Array, ""]
     num_matvecs: Int[Array, ""]
     status: Int[Array, ""]
-    guess: Ritz | None = None
-    direction: Float[Array, " rows"] | None = None
+    guide: Guide | None = None
 
     @property
     def digging(self) -> Bool[Array, ""]:

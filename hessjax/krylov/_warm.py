@@ -8,9 +8,9 @@ model fills the part of the projected matrix that no product has shown, and make
 then the best guess at the true ones, and what of them lies in rows that were not multiplied is the direction to
 multiply next: the frontier is reflected so that one of its rows is that direction. This is the generalized Davidson
 method (Morgan and Scott, doi:10.1137/0907054) with the model as preconditioner. What an eigenvector has turned towards
-its neighbours since, the model finds in one product; a Krylov space has to tell them apart by their values, which at the
-edge of stability lie within 2%. From one measurement to the next the model is the least change that agrees with every
-product made (Powell's symmetric update), cut down to its best eigenpairs.
+its neighbours since, the model finds in one product; a Krylov space has to tell them apart by their values, which at
+the edge of stability lie within 2%. From one measurement to the next the model is the least change that agrees with all
+products made (Powell's symmetric update), cut down to its best eigenpairs.
 
 *What settles.* All wanted start rows are multiplied before anything is judged: each of them stands for an eigenvalue,
 and a residual says nothing of those that were left out. Nor has anything settled while a wanted eigenvector of the
@@ -24,22 +24,20 @@ Ritz values, which never exceed the eigenvalues that they stand for, and is foun
 """
 
 import dataclasses
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import contract, divide, draw, gram, matmul, norm, select, stacked
+from hessjax._vectors import divide, draw, matmul, norm, select
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._dense import sequential_eigh
 from hessjax.krylov._eigsh import _fix_signs
+from hessjax.krylov._low_rank import LowRank, start_rows
 from hessjax.krylov._projected import Ritz, Verdict, preference, refresh
 from hessjax.krylov._restarted import Iteration
-from hessjax.krylov._state import BROKEN, CERTIFIED, RUNNING, Plan, State
+from hessjax.krylov._state import BROKEN, CERTIFIED, RUNNING, Guide, Plan, State
 from hessjax.operators._operator import Operator
 from hessjax.operators._packing import Packed, Packing
 
@@ -48,18 +46,6 @@ _DIMENSION = 20  # expanded rows before a restart, at least; SciPy's own least
 _RESTARTS = 8  # about a hundred products: what has not converged by then goes on from there next time
 _PATIENCE = 8  # products for each start row and one more, beyond which the start was no better than a random one
 _MOVED = 0.1  # of the largest wanted value
-
-
-class LowRank(eqx.Module):
-    """What is known of an operator: its part in the span of m orthonormal vectors, by its eigenpairs.
-
-    Attributes:
-        values: (m,), the most wanted first.
-        vectors: the operator's structure with a leading axis m. Zero where nothing is known.
-    """
-
-    values: Float[Array, " m"]
-    vectors: PyTree[Float[Array, "m ..."]]
 
 
 class WarmPairs(eqx.Module):
@@ -111,14 +97,13 @@ class Warm(Iteration):
             start: orthonormal rows, then zeros.
             spent: products made so far.
         """
-        rows = self.plan.ncv + self.projected.shape[0] + 1
-        basis = Basis.of(start, rows)
-        filled = [jnp.any(leaf.reshape(leaf.shape[0], -1) != 0, axis=1) for leaf in jtu.tree_leaves(start)]
+        known = self.projected.shape[0]
+        basis = Basis.of(start, self.plan.ncv + known + 1)
+        filled = [jnp.any(leaf.reshape(known, -1) != 0, axis=1) for leaf in jtu.tree_leaves(start)]
         count = jnp.sum(jnp.any(jnp.stack(filled), axis=0), dtype=jnp.int32)
         state = self.begin(basis, count, spent)
-        known = self.projected.shape[0]
         projected = state.projected.at[:known, :known].set(self.projected)
-        return basis, dataclasses.replace(state, projected=projected, guess=state.ritz, direction=state.ritz.values)
+        return basis, dataclasses.replace(state, projected=projected, guide=_silent(state))
 
     def count(self, ritz: Ritz) -> int | Int[Array, ""]:
         """How many pairs are wanted."""
@@ -156,11 +141,12 @@ class Warm(Iteration):
         unseen = state.frontier[:, None] & state.frontier[None, :]
         blank = jnp.diag(jnp.where(state.frontier, self._ordinary(state), 0))
         whole = jnp.where(unseen & ~self._patient(state), blank, state.projected)
-        guess = refresh(looked, whole, state.live, jnp.zeros_like(state.live), _existing(state.guess))
-        wanted = preference(guess.values, guess.live, self.plan.which)[: self.plan.k]
-        within = (jnp.arange(self.plan.k) < self.count(guess)) & guess.live[wanted]
-        unseen = jnp.where(state.frontier[:, None] & within, guess.vectors[:, wanted], 0)
-        return dataclasses.replace(state, guess=guess, direction=unseen[:, jnp.argmax(jnp.sum(unseen**2, axis=0))]), looked
+        pairs = refresh(looked, whole, state.live, jnp.zeros_like(state.live), _guide(state).pairs)
+        wanted = preference(pairs.values, pairs.live, self.plan.which)[: self.plan.k]
+        within = (jnp.arange(self.plan.k) < self.count(pairs)) & pairs.live[wanted]
+        inside = jnp.where(state.frontier[:, None] & within, pairs.vectors[:, wanted], 0)
+        direction = inside[:, jnp.argmax(jnp.sum(jnp.square(inside), axis=0))]
+        return dataclasses.replace(state, guide=Guide(pairs, direction)), looked
 
     def _patient(self, state: State) -> Bool[Array, ""]:
         return state.num_matvecs <= _PATIENCE * (self.rows + 1)
@@ -173,8 +159,8 @@ class Warm(Iteration):
         It is not once a certificate has been begun: what made it raise an alarm may not be all that was missed.
         """
         del limit
-        fresh = state.probe.steps == 0
-        claimed = fresh & (jnp.sum(jnp.square(_existing(state.direction))) > 0.5)
+        fresh = _unprobed(state)
+        claimed = fresh & (jnp.sum(jnp.square(_guide(state).direction)) > 0.5)
         settled = looked & verdict.settled & ~state.digging & ~jnp.any(self._starting(state)) & ~claimed
         values = state.ritz.values[verdict.wanted]
         moved = jnp.abs(values - self.expected) > _MOVED * jnp.max(jnp.abs(values))  # not where nothing was expected
@@ -191,12 +177,12 @@ class Warm(Iteration):
     def _aim(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Reflects the frontier so that one of its rows is what the model wants to know of.
 
-        Not once a certificate has begun: the directions that it finds are to be multiplied themselves.
+        Not once a certificate has begun: it keeps coordinates, and what it finds is to be multiplied itself.
         """
-        direction = _existing(state.direction)
+        direction = _guide(state).direction
         size = jnp.sqrt(jnp.sum(jnp.square(direction)))
         target = jnp.argmax(jnp.abs(direction)).astype(jnp.int32)
-        guided = (state.status == RUNNING) & (state.probe.steps == 0) & (size > 0)
+        guided = (state.status == RUNNING) & _unprobed(state) & (size > 0)
         guided &= ~jnp.any(self._starting(state)) & (jnp.sum(state.frontier) > 1)
         mirror = direction.at[target].add(jnp.where(direction[target] < 0, -size, size))
         mirror = jnp.where(guided, mirror / _nonzero(jnp.sqrt(jnp.sum(jnp.square(mirror)))), 0)
@@ -217,8 +203,7 @@ class Warm(Iteration):
         compressed, transform = super()._compress(state)
         unseen = state.frontier[:, None] & state.frontier[None, :]
         kept = matmul(transform.T, matmul(jnp.where(unseen, state.projected, 0), transform))
-        none = Ritz.empty(state.expanded.size, state.scale.dtype)
-        return dataclasses.replace(compressed, projected=compressed.projected + kept, guess=none, direction=jnp.zeros_like(none.values)), transform
+        return dataclasses.replace(compressed, projected=compressed.projected + kept, guide=_silent(state)), transform
 
 
 def warm_eigenpairs(
@@ -235,7 +220,7 @@ def warm_eigenpairs(
 ) -> WarmPairs:
     """The k wanted eigenpairs of `op`, from what is known of an operator near to it.
 
-    At least as many products as pairs are wanted. Memory is max(20, 3k + 3) + 2k + m + 13 vectors.
+    At least as many products as pairs are wanted. Memory is max(20, 3k + 3) + k + m + 13 vectors.
 
     Args:
         op: symmetric A.
@@ -253,7 +238,7 @@ def warm_eigenpairs(
     packing = Packing.of(op.like)
     packed = Packed(op, packing)
     known = LowRank(model.values, packing.pack(model.vectors, batch=1))
-    block, projected = _start(known, packing.pack(first, batch=1))
+    block, projected = start_rows(known, packing.pack(first, batch=1))
     blank = ~jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in block]))
     direction, key = jax.random.split(key)
     random = draw(direction, packed.structure)
@@ -262,76 +247,46 @@ def warm_eigenpairs(
     ncv = min(op.size, max(_DIMENSION, 3 * (k + 1)))
     plan = Plan(which, k, ncv, _RESTARTS, random_start=False)
     wanted = jnp.maximum(jnp.sum(~jnp.isnan(expected), dtype=jnp.int32), 1)
-    iteration = Warm(packed, plan, tol, key, jnp.zeros_like(tol), projected, wanted, expected, certify | blank, grow_above)
+    certify, floor = certify | blank, jnp.zeros_like(tol)
+    iteration = Warm(packed, plan, tol, key, floor, projected, wanted, expected, certify, grow_above)
     basis, state = iteration.run(block)
     verdict, count = iteration.judge(state), iteration.count(state.ritz)
     finite = (state.status != BROKEN) & jnp.all(jnp.isfinite(verdict.residuals))
     held = finite & (jnp.arange(k) >= k - count)
     # A row that holds nothing points at the last position, which never holds a pair.
     vectors = basis.combine(state.ritz.vectors[:, jnp.where(held, verdict.wanted, -1)], state.live)
-    guess = _existing(state.guess)
-    best = preference(guess.values, guess.live, which)[: model.values.size]
-    known = basis.combine(jnp.where(finite, guess.vectors[:, best], 0), state.live)
+    pairs = _guide(state).pairs
+    best = preference(pairs.values, pairs.live, which)[: model.values.size]
+    learnt = basis.combine(pairs.vectors[:, best], state.live)
     proved = (state.probe.steps > 0) | (jnp.sum(state.expanded) >= op.size)
     return WarmPairs(
         jnp.where(held, state.ritz.values[verdict.wanted], jnp.nan),
         jnp.where(held, verdict.residuals, jnp.inf),
         packing.unpack(select(finite, _fix_signs(vectors), jtu.tree_map(jnp.zeros_like, vectors)), batch=1),
         LowRank(
-            jnp.where(finite, guess.values[best], 0),
-            packing.unpack(select(finite, known, jtu.tree_map(jnp.zeros_like, known)), batch=1),
+            jnp.where(finite, pairs.values[best], 0),
+            packing.unpack(select(finite, learnt, jtu.tree_map(jnp.zeros_like, learnt)), batch=1),
         ),
         finite & (state.status == CERTIFIED) & verdict.decisive & proved,
         state.num_matvecs,
     )
 
 
-def _start(
-    model: LowRank, first: PyTree[Float[Array, "k ..."]]
-) -> tuple[PyTree[Float[Array, "rows ..."]], Float[Array, "rows rows"]]:
-    """Orthonormal rows that span the model and `first`, those nearest to `first` in front; and the model's matrix.
-
-    Zero rows come last. Rows that are orthonormal but for rounding are so to its square afterwards (Newton and Schulz).
-    """
-    m, k, dtype = model.values.size, jtu.tree_leaves(first)[0].shape[0], model.values.dtype
-
-    def polished(change: Array, rows: PyTree, products: Array) -> PyTree:
-        return _combined(matmul(change, 1.5 * jnp.eye(len(change), dtype=dtype) - 0.5 * products), rows)
-
-    def as_they_are() -> tuple[PyTree, Array]:
-        rows = polished(jnp.eye(m, dtype=dtype), model.vectors, gram(model.vectors, model.vectors))
-        none = jtu.tree_map(jnp.zeros_like, first)
-        return stacked(rows, none), jnp.diag(jnp.concatenate([model.values, jnp.zeros(k, dtype)]))
-
-    def turned() -> tuple[PyTree, Array]:
-        beyond = first
-        for _ in range(2):
-            beyond = _combined(-gram(beyond, model.vectors), model.vectors, beyond)
-        squares, axes = sequential_eigh(gram(beyond, beyond))
-        beyond = _combined(jnp.where(squares > 1e-6, axes / jnp.sqrt(jnp.maximum(squares, 1e-6)), 0).T, beyond)
-        rows = stacked(model.vectors, beyond)
-        products, shares = gram(rows, rows), gram(rows, first)
-        held = jnp.diagonal(products) > 0.5
-        order = jnp.arange(k, 0, -1, dtype=dtype)
-        nearest = sequential_eigh(matmul(shares * order, shares.T) + 0.1 * jnp.diag(held.astype(dtype)))[1][:, ::-1].T
-        nearest = jnp.where(jnp.arange(m + k)[:, None] < jnp.sum(held), nearest, 0)
-        values = jnp.concatenate([model.values, jnp.zeros(k, dtype)])
-        return polished(nearest, rows, products), matmul(nearest * values, nearest.T)
-
-    anything = jnp.any(jnp.stack([jnp.any(leaf != 0) for leaf in jtu.tree_leaves(first)]))
-    return lax.cond(anything, turned, as_they_are)
+def _unprobed(state: State) -> Bool[Array, ""]:
+    """No certificate has been begun."""
+    return ~state.probe.active & (state.probe.steps == 0)
 
 
-def _combined(weights: Float[Array, "p q"], rows: PyTree[Float[Array, "q ..."]], add: PyTree | None = None) -> PyTree:
-    """The p combinations of q rows, added to others."""
-    out = jtu.tree_map(lambda leaf: contract(weights, leaf, (1, 0), weights.dtype).astype(leaf.dtype), rows)
-    return out if add is None else jtu.tree_map(jnp.add, out, add)
+def _silent(state: State) -> Guide:
+    """A guide that says nothing."""
+    none = Ritz.empty(state.expanded.size, state.scale.dtype)
+    return Guide(none, none.values)
 
 
-def _existing(part: Any) -> Any:
-    if part is None:
-        raise AssertionError("The iteration was not begun by `Warm.init`.")
-    return part
+def _guide(state: State) -> Guide:
+    if state.guide is None:
+        raise AssertionError("`Warm.init` did not begin this iteration.")
+    return state.guide
 
 
 def _nonzero(x: Array) -> Array:

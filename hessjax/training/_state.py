@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import scalar_dtype, structure_of
 
@@ -39,7 +39,9 @@ class CurvatureState(NamedTuple):
         model_vectors: approximate eigenvectors for them: what the last measurements left known of the Hessian, from
             which the next one starts.
         earlier: the first k of the `model_vectors` of the measurement before the last.
-        swings: the last space was nearer to `earlier` than to the one between, so the next starts from `earlier`.
+        prediction: what foretold the last eigenvectors best, and so tells the start of the next measurement. 0: those
+            before them; 1: those before the ones before, as where the Hessian swings with period two; 2: the way from
+            `earlier` to those before, gone as far again.
         entropy: the data of a random key that every measurement folds its step into.
     """
 
@@ -59,7 +61,7 @@ class CurvatureState(NamedTuple):
     model_values: Float[Array, " m"]
     model_vectors: PyTree[Float[Array, "m ..."]]
     earlier: PyTree[Float[Array, "k ..."]]
-    swings: Bool[Array, ""]
+    prediction: Int[Array, ""]
     entropy: Array
 
 
@@ -92,6 +94,6 @@ def initial_state(params: PyTree, k: int, guards: int, history: int, key: PRNGKe
         model_values=jnp.zeros(k + guards, dtype),
         model_vectors=rows(k + guards),
         earlier=rows(k),
-        swings=jnp.zeros((), bool),
+        prediction=integer(0),
         entropy=jnp.array(jax.random.key_data(key) if typed else key, copy=True),
     )

@@ -17,6 +17,18 @@ def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scal
     return jnp.where(size > 0, jnp.sum(jnp.square(gram(basis, unit))), jnp.nan)
 
 
+def continued(last: PyTree[Float[Array, "k ..."]], earlier: PyTree[Float[Array, "k ..."]]) -> PyTree:
+    """Where a space that turned from `earlier` to `last` comes to if it goes on turning: V + (V - E EᵀV), as rows."""
+    shares = gram(last, earlier)
+    return jtu.tree_map(lambda v, e: (2 * v - contract(shares, e, (1, 0), shares.dtype)).astype(v.dtype), last, earlier)
+
+
+def nearness(vectors: PyTree[Float[Array, "k ..."]], rows: PyTree[Float[Array, "m ..."]]) -> Scalar:
+    """The sum of the squared cosines between all vectors and all rows; zero rows count nothing."""
+    squares = jnp.diagonal(gram(rows, rows))
+    return jnp.sum(jnp.where(squares > 0, jnp.square(gram(vectors, rows)) / jnp.where(squares > 0, squares, 1), 0))
+
+
 def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k ..."]]) -> Float[Array, " k"]:
     """The principal angles in radians between the spans of two stacks of k orthonormal vectors, ascending.
 

@@ -11,12 +11,12 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._vectors import gram, size_of, structure_of
+from hessjax._vectors import select, size_of, structure_of
 from hessjax.krylov._warm import LowRank, WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, hvp, precondition
 from hessjax.training._settings import Settings
 from hessjax.training._state import CurvatureState, initial_state
-from hessjax.training._subspace import overlap, principal_angles
+from hessjax.training._subspace import continued, nearness, overlap, principal_angles
 
 
 def track_curvature(
@@ -37,17 +37,19 @@ def track_curvature(
     """Measures the k outermost eigenpairs of the Hessian during training; the updates pass through unchanged.
 
     A measurement is made at the parameters that `update` is given, those *before* the update is applied, on the
-    first update and then on each `every`-th. It starts from the eigenvectors of the last one, or, where the Hessian
-    swings with period two as at the edge of stability, of the one before that. Nothing is computed in between.
+    first update and then on each `every`-th. It starts from the eigenvectors of the last one; where the Hessian swings
+    with period two, as at the edge of stability, from those before that; where it turns steadily, from as far on again.
+    What the measurements before it left is a low-rank model of the Hessian, which points out what to multiply next.
+    Nothing is computed in between.
 
     A warm solve cannot know of an eigenvalue that its vectors do not see. So each `certify`-th measurement is
     certified as `hj.eigsh` does it, and so is one whose values moved by a tenth, or whose start was poor (it took eight
     times the products of a good one); the first always is. `certified` in the state says when that last succeeded.
 
-    Costs k + 1 products for a start that is still good, more where it is not, certificates beside that. On digits, at
-    every step: 4 a measurement for k = 1 and 8 for k = 3; every tenth step 8 and 15; from nothing, 30 and 46. A product
-    takes the time of about two gradients on the same batch. Memory for 2k + 2 vectors, and 20 + k or 4k + 4 more
-    during a measurement.
+    Costs k products for a start that is still good, more where it is not, certificates beside that. On digits, before
+    the edge of stability and on it: 1.4 and 2.3 a measurement at every step for k = 1, 3.5 and 5 for k = 3; at every
+    tenth step 2.3 and 4, 6 and 8; from nothing, 30 and 46. A product takes the time of about two gradients on the same
+    batch. Memory for 3k + `guards` vectors, and 2k + `guards` + 13 + max(20, 3k + 3) more during a measurement.
 
     The update takes the extra arguments
 
@@ -78,6 +80,9 @@ def track_curvature(
         tol: a pair has converged when its residual is at most tol · |λ|. An eigenvalue's error is about the square of
             that, over the relative gap: with the default at most 3e-4 on digits at the edge of stability.
         certify: measurements from one unconditional certificate to the next. 1 for all.
+        guards: how many approximate eigenvectors to keep beside the k. Together they are the model that guides the next
+            measurement. Each costs the memory of a vector and no product; with 1, tenth steps take half as many
+            products again.
         history: keep the eigenvalues of this many measurements in the state.
 
     Returns:
@@ -88,8 +93,8 @@ def track_curvature(
     Raises:
         ValueError: an argument is out of range; both or neither of `loss` and `operator` came; and, from `update`, if
             `params`, `batch` or `opt_state` is missing.
-        TypeError: `k`, `every`, `certify` or `history` is not an integer, `key` no key; and, from `init`, a parameter
-            is not a floating-point array.
+        TypeError: `k`, `every`, `certify`, `guards` or `history` is not an integer, `key` no key; and, from `init`, a
+            parameter is not a floating-point array.
 
     Example:
         >>> import hessjax as hj, jax, jax.numpy as jnp, optax
@@ -102,7 +107,9 @@ def track_curvature(
         >>> optax.tree.get(state, "eigenvalues").tolist()
         [8.0]
     """
-    settings = Settings.of(loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, guards, history)
+    settings = Settings.of(
+        loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, guards, history
+    )
 
     def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
         n = size_of(structure_of(params))
@@ -167,9 +174,12 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
     if settings.implementation is not None:
         key = jax.random.wrap_key_data(key, impl=settings.implementation)
     count = state.step // settings.every
+    _, before, ahead = _predictions(state)
+    first = select(state.prediction == 1, before, ahead)
+    first = jtu.tree_map(lambda leaf: jnp.where(state.prediction == 0, 0, leaf), first)
     pairs = warm_eigenpairs(
         op,
-        jtu.tree_map(lambda leaf: jnp.where(state.swings, leaf, 0), state.earlier),
+        first,
         LowRank(state.model_values, state.model_vectors),
         state.eigenvalues,
         jax.random.fold_in(key, state.step),
@@ -181,14 +191,20 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
     return _record(settings, state, given, pairs, count)
 
 
+def _predictions(state: CurvatureState) -> tuple[PyTree, PyTree, PyTree]:
+    """Where the next eigenvectors may lie: where the last did, where those before them did, or as far on again."""
+    last = jtu.tree_map(lambda x, leaf: leaf[: x.shape[0]], state.eigenvectors, state.model_vectors)
+    return last, state.earlier, continued(last, state.earlier)
+
+
 def _record(
     settings: Settings, state: CurvatureState, given: Measured, pairs: WarmPairs, count: Array
 ) -> CurvatureState:
     """The state after a measurement, which is the `count`-th."""
-    vectors, last = pairs.vectors, jtu.tree_map(lambda leaf: leaf[: settings.k], state.model_vectors)
+    vectors, predictions = pairs.vectors, _predictions(state)
     known, failed = jnp.isfinite(state.eigenvalues[-1]), ~jnp.isfinite(pairs.values[-1])
     angles = principal_angles(state.eigenvectors, vectors)
-    common = [jnp.sum(jnp.square(gram(vectors, x))) for x in (last, state.earlier)]
+    nearest = jnp.argmax(jnp.stack([nearness(vectors, rows) for rows in predictions]))
     grad = given.updates if given.grad is None else given.grad
     history, history_steps = state.history, state.history_steps
     if history is not None and history_steps is not None:
@@ -210,8 +226,8 @@ def _record(
         history_steps=history_steps,
         model_values=pairs.model.values,
         model_vectors=pairs.model.vectors,
-        earlier=jtu.tree_map(lambda leaf: jnp.where(failed, 0, leaf).astype(leaf.dtype), last),
-        swings=common[1] > common[0],
+        earlier=jtu.tree_map(lambda leaf: jnp.where(failed, 0, leaf).astype(leaf.dtype), predictions[0]),
+        prediction=nearest.astype(jnp.int32),
         entropy=state.entropy,
     )
 

@@ -77,8 +77,8 @@ def test_every_state_of_a_scan_holds_the_eigenpairs(drifting):
     np.testing.assert_allclose(states.residuals, np.linalg.norm(residual, axis=-1), rtol=0.05, atol=1e-4)
     assert np.all(states.residuals <= 1.01 * TOL * exact)
     spent = np.diff(states.num_matvecs)
-    assert np.all(spent >= K + 1)
-    assert np.mean(spent) <= 3 * K
+    assert np.all(spent >= K)
+    assert np.mean(spent) <= 1.6 * K
     assert states.certified[0] == 0
 
 
@@ -160,5 +160,56 @@ def test_pairs_below_the_threshold_cost_no_products(drifting):
     alone = np.asarray(few.num_tracked[1:] == 1)
     assert alone.sum() > STEPS / 2
     spent = [np.diff(states.num_matvecs)[alone] for states in (few, everything)]
-    assert np.all(spent[0] >= 2)
+    assert np.all(spent[0] >= 1)
     assert np.mean(spent[0]) < 0.7 * np.mean(spent[1])
+
+
+def turning(rng, angles):
+    """Matrices with six outliers within 3% of each other, which a rotation by each of the angles mixes."""
+    q = np.linalg.qr(rng.standard_normal((N, N)))[0]
+    generator = np.zeros((N, N))
+    generator[:8, :8] = rng.standard_normal((8, 8))
+    values, axes = np.linalg.eigh(1j * (generator - generator.T))
+    spectrum = np.append([9.9, 9.85, 9.8, 9.75, 9.7, 9.65], rng.uniform(-1, 1, N - 6))
+    turned = [q @ (axes * np.exp(-1j * angle * values) @ axes.conj().T).real for angle in angles]
+    return jnp.asarray([u * spectrum @ u.T for u in turned], jnp.float32)
+
+
+def spent(states):
+    return np.diff(np.asarray(states.num_matvecs))
+
+
+def test_guards_save_most_of_the_products_where_close_values_mix(rng):
+    matrices = turning(rng, 0.02 * np.cumsum(rng.standard_normal(STEPS)))
+    guided, alone = program()(matrices), program(guards=0)(matrices)
+    for states in (guided, alone):
+        np.testing.assert_allclose(states.eigenvalues, truth(matrices), rtol=2e-3)
+    assert np.mean(spent(guided)) < 0.6 * np.mean(spent(alone))
+
+
+@pytest.mark.parametrize(
+    ("angles", "prediction"), [((-1.0) ** np.arange(STEPS) * 0.2, 1), (0.05 * np.arange(STEPS), 2)]
+)
+def test_swings_and_steady_turns_are_foreseen(rng, angles, prediction):
+    matrices = turning(rng, angles)
+    states = program()(matrices)
+    np.testing.assert_allclose(states.eigenvalues, truth(matrices), rtol=2e-3)
+    assert np.all(states.prediction[4:] == prediction)
+    assert np.mean(spent(states)[4:]) <= 2.5 * K
+
+
+def test_a_long_run_keeps_its_vectors_orthonormal(rng):
+    """Rounding must not add up: the vectors of one measurement are combinations of those of the last."""
+    matrices = turning(rng, [0.0, 0.01, 0.03])
+
+    @jax.jit
+    def run(state):
+        tracker = hj.track_curvature(quadratic, K, KEY, tol=TOL)
+        visit = lambda state, i: (tracker.update(PARAMS, state, PARAMS, batch=(matrices[i % 3],))[1], None)
+        return jax.lax.scan(visit, state, jnp.arange(3000))[0]
+
+    state = run(hj.track_curvature(quadratic, K, KEY).init(PARAMS))
+    for rows in (state.eigenvectors, state.model_vectors):
+        flat_rows = np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(rows)], axis=1)
+        np.testing.assert_allclose(flat_rows @ flat_rows.T, np.eye(len(flat_rows)), atol=2e-6)
+    np.testing.assert_allclose(state.eigenvalues, truth(matrices)[2], rtol=5e-4)
