@@ -1,3 +1,4 @@
+import gc
 import os
 from importlib.metadata import version
 
@@ -16,6 +17,14 @@ import jax
 import numpy as np
 import pytest
 from cases import digits_hessians
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_programs_left():
+    """Every compiled program keeps memory mapped, and a process may hold 65,530 maps: XLA ends it at the next one."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -165,12 +165,12 @@ def test_pairs_below_the_threshold_cost_no_products(drifting):
 
 
 def turning(rng, angles):
-    """Matrices with six outliers within 3% of each other, which a rotation by each of the angles mixes."""
+    """Matrices whose eigenvalues fall by 5% each, the upper of them mixed by a rotation by each of the angles."""
     q = np.linalg.qr(rng.standard_normal((N, N)))[0]
     generator = np.zeros((N, N))
-    generator[:8, :8] = rng.standard_normal((8, 8))
+    generator[:14, :14] = rng.standard_normal((14, 14))
     values, axes = np.linalg.eigh(1j * (generator - generator.T))
-    spectrum = np.append([9.9, 9.85, 9.8, 9.75, 9.7, 9.65], rng.uniform(-1, 1, N - 6))
+    spectrum = 10 * 0.95 ** np.arange(N)
     turned = [q @ (axes * np.exp(-1j * angle * values) @ axes.conj().T).real for angle in angles]
     return jnp.asarray([u * spectrum @ u.T for u in turned], jnp.float32)
 
@@ -179,23 +179,17 @@ def spent(states):
     return np.diff(np.asarray(states.num_matvecs))
 
 
-def test_guards_save_most_of_the_products_where_close_values_mix(rng):
-    matrices = turning(rng, 0.02 * np.cumsum(rng.standard_normal(STEPS)))
-    guided, alone = program()(matrices), program(guards=0)(matrices)
-    for states in (guided, alone):
-        np.testing.assert_allclose(states.eigenvalues, truth(matrices), rtol=2e-3)
-    assert np.mean(spent(guided)) < 0.6 * np.mean(spent(alone))
-
-
 @pytest.mark.parametrize(
-    ("angles", "prediction"), [((-1.0) ** np.arange(STEPS) * 0.2, 1), (0.05 * np.arange(STEPS), 2)]
+    ("angles", "prediction", "products"),
+    [((-1.0) ** np.arange(STEPS) * 0.05, 1, 1.4), (0.03 * np.arange(STEPS), 2, 2.3), (np.zeros(STEPS), 0, 1.1)],
 )
-def test_swings_and_steady_turns_are_foreseen(rng, angles, prediction):
+def test_swings_and_steady_turns_are_foreseen(rng, angles, prediction, products):
     matrices = turning(rng, angles)
     states = program()(matrices)
-    np.testing.assert_allclose(states.eigenvalues, truth(matrices), rtol=2e-3)
-    assert np.all(states.prediction[4:] == prediction)
-    assert np.mean(spent(states)[4:]) <= 2.5 * K
+    np.testing.assert_allclose(states.eigenvalues, truth(matrices), rtol=5e-4)
+    if np.any(angles):  # what stands still is foretold by everything
+        assert np.mean(states.prediction[4:] == prediction) > 0.9
+    assert np.mean(spent(states)[4:]) <= products * K
 
 
 def test_a_long_run_keeps_its_vectors_orthonormal(rng):
@@ -205,7 +199,10 @@ def test_a_long_run_keeps_its_vectors_orthonormal(rng):
     @jax.jit
     def run(state):
         tracker = hj.track_curvature(quadratic, K, KEY, tol=TOL)
-        visit = lambda state, i: (tracker.update(PARAMS, state, PARAMS, batch=(matrices[i % 3],))[1], None)
+
+        def visit(state, index):
+            return tracker.update(PARAMS, state, PARAMS, batch=(matrices[index % 3],))[1], None
+
         return jax.lax.scan(visit, state, jnp.arange(3000))[0]
 
     state = run(hj.track_curvature(quadratic, K, KEY).init(PARAMS))

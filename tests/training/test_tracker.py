@@ -323,3 +323,20 @@ def test_errors_at_the_door_name_the_remedy():
         hj.track_curvature(loss, 1, key, every=1.5)
     with pytest.raises(TypeError, match="key"):
         hj.track_curvature(loss, 1, None)
+
+
+@pytest.mark.slow
+def test_guards_save_products_on_digits_and_lose_nothing():
+    """Past the edge of stability, where five eigenvalues lie within 4% and their vectors mix between measurements."""
+    from benchmarks.training import RATE, descend, digits, init
+
+    batch, every, steps = digits(), 10, 1000
+    trails = {}
+    for guards in (0, 7):
+        run = jax.jit(partial(descend, steps=steps, k=3, every=every, guards=guards))
+        trails[guards] = run(init(jax.random.key(3)), jnp.asarray(RATE), batch)[1]
+    spent = {guards: np.mean(np.diff(trail.num_matvecs[::every])) for guards, trail in trails.items()}
+    assert spent[7] <= 9
+    assert spent[7] < 0.8 * spent[0]
+    np.testing.assert_allclose(trails[7].eigenvalues[:500], trails[0].eigenvalues[:500], rtol=2e-3)
+    np.testing.assert_allclose(np.mean(trails[7].eigenvalues[700:, -1]), 2 / RATE, rtol=0.05)
