@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hessjax._vectors import matmul, scalar_dtype
 from hessjax.estimate._probes import in_batches, on_sphere
@@ -31,12 +31,15 @@ class Rules(eqx.Module):
         weights: nonnegative, each probe's sum to one, and zero beyond that dimension.
         radii: ‖A y - θ y‖ of the node's Ritz vector: an eigenvalue lies no further from the node.
         coarse: nodes and weights of the rule from `Plan.coarse` steps, likewise; empty where none was wanted.
+        ritz: the Ritz vectors that `found` points at, leading axes (probes, `Plan.found`), zero where it finds fewer;
+            empty where none were wanted. Held fixed by derivatives.
     """
 
     nodes: Float[Array, "probes num_steps"]
     weights: Float[Array, "probes num_steps"]
     radii: Float[Array, "probes num_steps"]
     coarse: tuple[Array, ...]
+    ritz: tuple[Array, ...] = ()
 
 
 class Plan(eqx.Module):
@@ -47,12 +50,14 @@ class Plan(eqx.Module):
         batch: how many probes run together.
         packing: of the operator's leaves.
         coarse: the steps of a shorter rule that tells of the quadrature error, if one is wanted.
+        found: how many Ritz vectors to give for each probe, at most.
     """
 
     num_steps: int = eqx.field(static=True)
     batch: int = eqx.field(static=True)
     packing: Packing
     coarse: int | None = eqx.field(static=True, default=None)
+    found: int = eqx.field(static=True, default=0)
 
 
 def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> Rules:
@@ -66,8 +71,26 @@ def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> 
         removed: orthonormal vectors whose complement is meant; see `tridiagonalize`. Held fixed by derivatives.
         plan: see `Plan`.
     """
-    nodes, weights, radii, *coarse = _rules(op, keys, lax.stop_gradient(removed), plan)
-    return Rules(nodes, weights, radii, tuple(coarse))
+    nodes, weights, radii, *rest = _rules(op, keys, lax.stop_gradient(removed), plan)
+    shorter = 0 if plan.coarse is None else 2
+    return Rules(nodes, weights, radii, tuple(rest[:shorter]), tuple(rest[shorter:]))
+
+
+def found(
+    nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"], most: int
+) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
+    """Which nodes are eigenvalues: the farthest from the mean first, and whether each is one.
+
+    Its radius is at most a hundredth of the distance to the next node: the eigenvalue lies within 1e-4 of that, and the
+    eigenvector at an angle of 0.01 at most. A lone node is not told from a mean.
+    """
+    apart = jnp.full(1, jnp.inf, nodes.dtype)
+    steps = jnp.concatenate([apart, jnp.where(weights[1:] > 0, jnp.diff(nodes), jnp.inf), apart])
+    gaps = jnp.minimum(steps[:-1], steps[1:])
+    isolated = (weights > 0) & jnp.isfinite(gaps) & (radii <= 0.01 * gaps)
+    distance = jnp.abs(nodes - jnp.sum(weights * nodes))
+    order = jnp.argsort(jnp.where(isolated, -distance, jnp.inf), stable=True)[:most]
+    return order, isolated[order]
 
 
 def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Tridiagonals, Basis]:
@@ -79,10 +102,23 @@ def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple
 @eqx.filter_custom_jvp
 def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Array, ...]:
     def batch(keys: Array) -> tuple[Array, ...]:
-        matrices = _run(op, keys, removed, plan)[0]
-        return (*jax.vmap(gauss)(matrices)[:3], *_coarse(matrices, plan))
+        matrices, basis = _run(op, keys, removed, plan)
+        rules = jax.vmap(gauss)(matrices)
+        return (*rules[:3], *_coarse(matrices, plan), *_ritz(*rules, basis, plan))
 
     return in_batches(batch, keys, plan.batch)
+
+
+def _ritz(nodes: Array, weights: Array, radii: Array, vectors: Array, basis: Basis, plan: Plan) -> tuple[Array, ...]:
+    """The Ritz vectors that were found, if wanted, packed."""
+    if plan.found == 0:
+        return ()
+
+    def probe(nodes: Array, weights: Array, radii: Array, vectors: Array, basis: Basis) -> PyTree:
+        order, real = found(nodes, weights, radii, plan.found)
+        return basis.combine(jnp.where(real, vectors[:, order], 0), jnp.ones(len(vectors), bool))
+
+    return tuple(jtu.tree_leaves(jax.vmap(probe)(nodes, weights, radii, vectors, basis)))
 
 
 def _coarse(matrices: Tridiagonals, plan: Plan) -> tuple[Array, ...]:
@@ -123,9 +159,9 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
         _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
         nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(gauss)(matrices))
         slopes = jax.vmap(_slopes)(nodes, vectors, _pairings(rows, changes))
-        shorter = lax.stop_gradient(_coarse(matrices, plan))
-        constant = jtu.tree_map(jnp.zeros_like, (radii, *shorter))
-        return (nodes, weights, radii, *shorter), (*slopes, *constant)
+        constant = (radii, *_coarse(matrices, plan), *_ritz(nodes, weights, radii, vectors, basis, plan))
+        constant = lax.stop_gradient(constant)
+        return (nodes, weights, *constant), (*slopes, *jtu.tree_map(jnp.zeros_like, constant))
 
     return in_batches(batch, keys, plan.batch)
 
