@@ -164,7 +164,7 @@ def _by_lanczos(op: Operator, key: PRNGKeyArray, removed: PyTree | None, num_pro
     return _by_lanczos_on(op, jax.random.split(key, num_probes), removed, plan)
 
 
-def _by_lanczos_on(op: Operator, keys: PRNGKeyArray, removed: PyTree | None, plan: Plan) -> Density:
+def _by_lanczos_on(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> Density:
     rules = gauss_rules(op, keys, removed, plan)
     below, above = jax.vmap(extents)(rules.nodes, rules.weights, rules.radii)
     spent = jnp.asarray(len(keys) * plan.num_steps, jnp.int32)
