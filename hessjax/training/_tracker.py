@@ -48,8 +48,8 @@ def track_curvature(
 
     Costs k products for a start that is still good, more where it is not, certificates beside that. On digits, before
     the edge of stability and on it: 1.3 and 2.2 a measurement at every step for k = 1, 3.4 and 4.8 for k = 3; at every
-    tenth step 2.3 and 4, 6.8 and 7.3; from nothing, 30 and 46. A product takes the time of about two gradients on the same
-    batch. Memory for 3k + `guards` vectors, and 2k + `guards` + 13 + max(20, 3k + 3) more during a measurement.
+    tenth step 2.3 and 4, 6.8 and 7.3; from nothing, 30 and 46. A product takes the time of about two gradients on the
+    same batch. Memory for 3k + `guards` vectors, and 2k + `guards` + 13 + max(20, 3k + 3) more during a measurement.
 
     The update takes the extra arguments
 
