@@ -103,6 +103,11 @@ def gram(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "m ..."]]) -> 
     return sum(jtu.tree_leaves(jtu.tree_map(pair, x, y)), jnp.zeros((), dtype))
 
 
+def combine(x: PyTree[Float[Array, "k ..."]], weights: Float[Array, "k m"]) -> PyTree[Float[Array, "m ..."]]:
+    """The m combinations Σᵢ wᵢⱼ xᵢ of a stack of vectors."""
+    return jtu.tree_map(lambda leaf: contract(weights.T, leaf, 1, weights.dtype).astype(leaf.dtype), x)
+
+
 def stacked(
     first: PyTree[Float[Array, "k ..."]], second: PyTree[Float[Array, "m ..."]]
 ) -> PyTree[Float[Array, "both ..."]]:

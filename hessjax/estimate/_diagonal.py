@@ -11,13 +11,13 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
-from hessjax._vectors import gram, structure_of
+from hessjax._vectors import combine, gram, structure_of
 from hessjax.estimate._door import needs_entries, needs_key, refuse_method
 from hessjax.estimate._exact import exact_diagonal
 from hessjax.estimate._probes import BATCH, products, signs
 from hessjax.estimate._result import Estimate, average, exactly
 from hessjax.estimate._rounds import Method, as_tolerance, run
-from hessjax.estimate._sketch import Sketch, combine, minus, sketch
+from hessjax.estimate._sketch import Sketch, minus, sketch
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 

@@ -9,11 +9,11 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import epsilon, gram, inner, matmul, size_of, stacked, structure_of
+from hessjax._vectors import combine, epsilon, gram, inner, matmul, size_of, stacked, structure_of
 from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import on_long_sphere, products
 from hessjax.estimate._result import Estimate, average, scaled
-from hessjax.estimate._sketch import combine, largest
+from hessjax.estimate._sketch import largest
 from hessjax.operators._operator import Operator
 
 

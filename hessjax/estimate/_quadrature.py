@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from hessjax._vectors import matmul, scalar_dtype
 from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonal_eigh, tridiagonalize
 from hessjax.krylov._basis import Basis
+from hessjax.krylov._projected import neighbour_gaps
 from hessjax.operators._operator import Operator, multiply
 from hessjax.operators._packing import Packed, Packing
 
@@ -31,15 +32,15 @@ class Rules(eqx.Module):
         weights: nonnegative, each probe's sum to one, and zero beyond that dimension.
         radii: ‖A y - θ y‖ of the node's Ritz vector: an eigenvalue lies no further from the node.
         coarse: nodes and weights of the rule from `Plan.coarse` steps, likewise; empty where none was wanted.
-        ritz: the Ritz vectors that `found` points at, leading axes (probes, `Plan.found`), zero where it finds fewer;
-            empty where none were wanted. Held fixed by derivatives.
+        found: what `found` picks, (probes, num_steps, `Plan.found`), and the Ritz vectors of those nodes, packed, with
+            leading axes (probes, `Plan.found`); empty where none were wanted. Held fixed by derivatives.
     """
 
     nodes: Float[Array, "probes num_steps"]
     weights: Float[Array, "probes num_steps"]
     radii: Float[Array, "probes num_steps"]
     coarse: tuple[Array, ...]
-    ritz: tuple[Array, ...] = ()
+    found: tuple[Array, ...] = ()
 
 
 class Plan(eqx.Module):
@@ -78,19 +79,17 @@ def gauss_rules(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) -> 
 
 def found(
     nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"], most: int
-) -> tuple[Int[Array, " most"], Bool[Array, " most"]]:
-    """Which nodes are eigenvalues: the farthest from the mean first, and whether each is one.
+) -> Float[Array, "m most"]:
+    """Picks nodes that are eigenvalues, the farthest from the mean first: a column for each, zero if there are fewer.
 
     Its radius is at most a hundredth of the distance to the next node: the eigenvalue lies within 1e-4 of that, and the
     eigenvector at an angle of 0.01 at most. A lone node is not told from a mean.
     """
-    apart = jnp.full(1, jnp.inf, nodes.dtype)
-    steps = jnp.concatenate([apart, jnp.where(weights[1:] > 0, jnp.diff(nodes), jnp.inf), apart])
-    gaps = jnp.minimum(steps[:-1], steps[1:])
+    gaps = neighbour_gaps(nodes, weights > 0)
     isolated = (weights > 0) & jnp.isfinite(gaps) & (radii <= 0.01 * gaps)
     distance = jnp.abs(nodes - jnp.sum(weights * nodes))
     order = jnp.argsort(jnp.where(isolated, -distance, jnp.inf), stable=True)[:most]
-    return order, isolated[order]
+    return jnp.where(isolated[order], jnp.eye(nodes.size, dtype=nodes.dtype)[:, order], 0)
 
 
 def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Tridiagonals, Basis]:
@@ -104,19 +103,19 @@ def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tup
     def batch(keys: Array) -> tuple[Array, ...]:
         matrices, basis = _run(op, keys, removed, plan)
         rules = jax.vmap(gauss)(matrices)
-        return (*rules[:3], *_coarse(matrices, plan), *_ritz(*rules, basis, plan))
+        return (*rules[:3], *_coarse(matrices, plan), *_found(*rules, basis, plan))
 
     return in_batches(batch, keys, plan.batch)
 
 
-def _ritz(nodes: Array, weights: Array, radii: Array, vectors: Array, basis: Basis, plan: Plan) -> tuple[Array, ...]:
-    """The Ritz vectors that were found, if wanted, packed."""
+def _found(nodes: Array, weights: Array, radii: Array, vectors: Array, basis: Basis, plan: Plan) -> tuple[Array, ...]:
+    """What `Rules.found` is to hold."""
     if plan.found == 0:
         return ()
 
     def probe(nodes: Array, weights: Array, radii: Array, vectors: Array, basis: Basis) -> PyTree:
-        order, real = found(nodes, weights, radii, plan.found)
-        return basis.combine(jnp.where(real, vectors[:, order], 0), jnp.ones(len(vectors), bool))
+        picked = found(nodes, weights, radii, plan.found)
+        return picked, basis.combine(matmul(vectors, picked), jnp.ones(len(vectors), bool))
 
     return tuple(jtu.tree_leaves(jax.vmap(probe)(nodes, weights, radii, vectors, basis)))
 
@@ -159,7 +158,7 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
         _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
         nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(gauss)(matrices))
         slopes = jax.vmap(_slopes)(nodes, vectors, _pairings(rows, changes))
-        constant = (radii, *_coarse(matrices, plan), *_ritz(nodes, weights, radii, vectors, basis, plan))
+        constant = (radii, *_coarse(matrices, plan), *_found(nodes, weights, radii, vectors, basis, plan))
         constant = lax.stop_gradient(constant)
         return (nodes, weights, *constant), (*slopes, *jtu.tree_map(jnp.zeros_like, constant))
 

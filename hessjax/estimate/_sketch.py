@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import contract, divide, epsilon, gram, inner, norm, scalar_dtype, stacked, structure_of
+from hessjax._vectors import divide, epsilon, gram, inner, norm, scalar_dtype, stacked, structure_of
 from hessjax.estimate._probes import products
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator
@@ -112,11 +112,6 @@ def largest(block: PyTree) -> Float[Array, ""]:
     peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jtu.tree_leaves(block)]
     peak = jnp.max(jnp.stack([peak.astype(scalar_dtype(block)) for peak in peaks]))
     return jnp.where(peak > 0, peak, 1)
-
-
-def combine(x: Block, weights: Float[Array, "k m"]) -> Block:
-    """The m combinations Σᵢ wᵢⱼ xᵢ."""
-    return jtu.tree_map(lambda leaf: contract(weights.T, leaf, 1, weights.dtype).astype(leaf.dtype), x)
 
 
 def minus(x: Block, y: Block) -> Block:

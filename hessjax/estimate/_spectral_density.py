@@ -1,5 +1,6 @@
 """`spectral_density`: stochastic Lanczos quadrature, or the kernel polynomial method."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,16 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from hessjax._vectors import as_vector, scalar_dtype
+from hessjax._vectors import as_vector, matmul, scalar_dtype
 from hessjax.estimate._density import Density
 from hessjax.estimate._door import at_least, needs_entries, needs_key, refuse_method
 from hessjax.estimate._kernel_polynomial import bound_steps, chebyshev_rules
 from hessjax.estimate._measure import extents
 from hessjax.estimate._memory import probes_together
-from hessjax.estimate._quadrature import Plan, found, gauss_rules
+from hessjax.estimate._quadrature import Plan, gauss_rules
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packing
 
@@ -98,14 +98,12 @@ def spectral_density(
     needs_key(key, "spectral_density")
     needs_entries(op, "spectral_density")
     refuse_method(caller, method, _METHODS)
-    if isinstance(outliers, str):
+    if found := isinstance(outliers, str):
         _refuse_found(outliers, method, num_probes)
-        known = None
-    else:
-        known = None if outliers is None else _known(op, outliers)
+    known = None if found or outliers is None else _known(op, outliers)
     kept = 0 if method == "kpm" else (num_steps := min(num_steps, op.size))
     plan = Plan(num_steps, probes_together(op, num_probes, kept, batch), Packing.of(op.like))
-    return _spectral_density(op, key, known, num_probes, plan, "found" if isinstance(outliers, str) else method)
+    return _spectral_density(op, key, known, num_probes, plan, "found" if found else method)
 
 
 def _refuse_found(outliers: str, method: str, num_probes: int) -> None:
@@ -153,10 +151,8 @@ def _known(op: Operator, pairs: Any) -> Known:
 def _spectral_density(
     op: Operator, key: PRNGKeyArray, known: Known | None, num_probes: int, plan: Plan, method: str
 ) -> Density:
-    if method == "found":
-        return _by_lanczos_from_the_first(op, key, num_probes, plan)
     removed = None if known is None else plan.packing.pack(known.vectors, batch=1)
-    density = _METHODS[method](op, key, removed, num_probes, plan)
+    density = _RUNS[method](op, key, removed, num_probes, plan)
     return density if known is None else _with_atoms(density, known)
 
 
@@ -171,19 +167,19 @@ def _by_lanczos_on(op: Operator, keys: Any, removed: PyTree | None, plan: Plan) 
     return Density(rules.nodes, rules.weights, below, above, op.size, spent)
 
 
-def _by_lanczos_from_the_first(op: Operator, key: PRNGKeyArray, num_probes: int, plan: Plan) -> Density:
+def _by_lanczos_from_the_first(op: Operator, key: PRNGKeyArray, _removed: None, num_probes: int, plan: Plan) -> Density:
     """The first probe finds outliers, and the others see their complement.
 
     The first one itself counts for nothing: of a repeated eigenvalue it has found all that it can see.
     """
     keys, most = jax.random.split(key, num_probes), (plan.num_steps + 1) // 2
     first = gauss_rules(op, keys[:1], None, Plan(plan.num_steps, 1, plan.packing, found=most))
-    order, taken = found(*lax.stop_gradient((first.nodes[0], first.weights[0], first.radii[0])), most)
-    vectors = tuple(leaf[0] for leaf in first.ritz)
-    density = _by_lanczos_on(op, keys[1:], vectors, plan)
-    spent = density.num_matvecs + plan.num_steps
-    density = Density(density.nodes, density.weights, density.below, density.above, op.size, spent)
-    return _with_atoms(density, Known(jnp.where(taken, first.nodes[0, order], 0), vectors, taken))
+    picked, *vectors = (leaf[0] for leaf in first.found)
+    taken = jnp.any(picked != 0, axis=0)
+    values = jnp.where(taken, matmul(first.nodes[0], picked), 0)
+    density = _by_lanczos_on(op, keys[1:], tuple(vectors), plan)
+    density = dataclasses.replace(density, num_matvecs=density.num_matvecs + plan.num_steps)
+    return _with_atoms(density, Known(values, tuple(vectors), taken))
 
 
 def _by_kernel_polynomials(
@@ -196,6 +192,7 @@ def _by_kernel_polynomials(
 
 
 _METHODS: dict[str, Callable[..., Density]] = {"lanczos": _by_lanczos, "kpm": _by_kernel_polynomials}
+_RUNS = {**_METHODS, "found": _by_lanczos_from_the_first}
 
 
 def _with_atoms(density: Density, known: Known) -> Density:

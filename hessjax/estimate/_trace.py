@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_integer
-from hessjax._vectors import gram, inner, stacked, structure_of
+from hessjax._vectors import combine, gram, inner, stacked, structure_of
 from hessjax.estimate._door import needs_entries, needs_key, refuse_method
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
@@ -18,7 +18,7 @@ from hessjax.estimate._nystrom import images_of_probes, xnystrace
 from hessjax.estimate._probes import in_batches, on_long_sphere, products, signs
 from hessjax.estimate._result import Estimate, average, exactly, scaled
 from hessjax.estimate._rounds import Method, as_tolerance, run
-from hessjax.estimate._sketch import Sketch, combine, minus, orthonormal, sketch
+from hessjax.estimate._sketch import Sketch, minus, orthonormal, sketch
 from hessjax.operators._operator import Operator, as_operator, quadratic_form
 from hessjax.operators._packing import Packed, Packing
 

@@ -30,7 +30,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import contract, divide, epsilon, norm, scalar_dtype, subtract
+from hessjax._vectors import combine, divide, epsilon, gram, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import sequential_eigh
 from hessjax.krylov._eigenpairs import Eigenpairs
@@ -216,11 +216,11 @@ def _refine(stage: _Stage, floor: Scalar, basis: Basis, state: State) -> _Stage:
     exist = state.ritz.live[best]
     vectors = basis.combine(state.ritz.vectors[:, best], state.live)
     images = lax.map(lambda v: subtract(op(v), sigma, v), vectors)
-    matrix = _gram(vectors, images)
+    matrix = gram(vectors, images)
     unit = jnp.where(jnp.max(jnp.abs(matrix)) > 0, jnp.max(jnp.abs(matrix)), 1)
     apart = jnp.diag(jnp.where(exist, 0, 4 * width))  # vectors that do not exist sort behind
     values, turn = sequential_eigh((matrix + matrix.T) / (2 * unit) + apart.astype(matrix.dtype))
-    vectors, images = (jtu.tree_map(lambda leaf: _turned(turn, leaf), tree) for tree in (vectors, images))
+    vectors, images = (combine(tree, turn) for tree in (vectors, images))
     values = values * unit
     off = jax.vmap(lambda image, value, vector: norm(subtract(image, value, vector)))(images, values, vectors)
     noise = jnp.maximum(floor, epsilon(op.structure) * filter.radius)
@@ -244,16 +244,3 @@ def _refine(stage: _Stage, floor: Scalar, basis: Basis, state: State) -> _Stage:
         stage.count + 1,
         stage.num_matvecs + state.num_matvecs * filter.cost + width,
     )
-
-
-def _gram(x: PyTree, y: PyTree) -> Float[Array, "width width"]:
-    """XᵀY for blocks with a leading axis."""
-    dtype = scalar_dtype(x)
-    parts = jtu.tree_map(
-        lambda a, b: contract(a, b, (tuple(range(1, a.ndim)), tuple(range(1, b.ndim))), dtype).astype(dtype), x, y
-    )
-    return sum(jtu.tree_leaves(parts), jnp.zeros((), dtype))
-
-
-def _turned(turn: Float[Array, "width width"], block: Array) -> Array:
-    return contract(turn.T, block, (1, 0), turn.dtype).astype(block.dtype)

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import contract, gram, matmul, stacked
+from hessjax._vectors import combine, gram, matmul, stacked
 from hessjax.krylov._dense import sequential_eigh
 
 
@@ -34,7 +34,7 @@ def start_rows(
     m, k, dtype = model.values.size, jtu.tree_leaves(first)[0].shape[0], model.values.dtype
 
     def polished(change: Array, rows: PyTree, products: Array) -> PyTree:
-        return _combined(matmul(change, 1.5 * jnp.eye(len(change), dtype=dtype) - 0.5 * products), rows)
+        return combine(rows, matmul(1.5 * jnp.eye(len(change), dtype=dtype) - 0.5 * products, change))
 
     def as_they_are() -> tuple[PyTree, Array]:
         rows = polished(jnp.eye(m, dtype=dtype), model.vectors, gram(model.vectors, model.vectors))
@@ -43,24 +43,20 @@ def start_rows(
     def turned() -> tuple[PyTree, Array]:
         beyond = first
         for _ in range(2):
-            inside = _combined(gram(beyond, model.vectors), model.vectors)
+            inside = combine(model.vectors, gram(model.vectors, beyond))
             beyond = jtu.tree_map(jnp.subtract, beyond, inside)
         squares, axes = sequential_eigh(gram(beyond, beyond))
         least = jnp.maximum(1e-6, 1e-4 * jnp.max(squares))  # shorter rows would be orthogonal to few digits
         unit = jnp.where(squares > least, axes / jnp.sqrt(jnp.maximum(squares, least)), 0)
-        rows = stacked(model.vectors, _combined(unit.T, beyond))
+        rows = stacked(model.vectors, combine(beyond, unit))
         products, shares = gram(rows, rows), gram(rows, first)
         held = jnp.diagonal(products) > 0.5
         ranks = jnp.arange(k, 0, -1, dtype=dtype)
         near = matmul(shares * ranks, shares.T) + 0.1 * jnp.diag(held.astype(dtype))  # 0.1: before rows that are zero
-        change = sequential_eigh(near)[1][:, ::-1].T
-        change = jnp.where(jnp.arange(m + k)[:, None] < jnp.sum(held), change, 0)
-        return polished(change, rows, products), matmul(change * values, change.T)
+        change = sequential_eigh(near)[1][:, ::-1]
+        change = jnp.where(jnp.arange(m + k) < jnp.sum(held), change, 0)
+        return polished(change, rows, products), matmul(change.T * values, change)
 
     values = jnp.concatenate([model.values, jnp.zeros(k, dtype)])
     given = [jnp.any(leaf != 0) for leaf in jtu.tree_leaves(first)]
     return lax.cond(jnp.any(jnp.stack(given)), turned, as_they_are)
-
-
-def _combined(weights: Float[Array, "p q"], rows: PyTree[Float[Array, "q ..."]]) -> PyTree[Float[Array, "p ..."]]:
-    return jtu.tree_map(lambda leaf: contract(weights, leaf, (1, 0), weights.dtype).astype(leaf.dtype), rows)

@@ -180,12 +180,12 @@ class Warm(Iteration):
         Not once a certificate has begun: it keeps coordinates, and what it finds is to be multiplied itself.
         """
         direction = _guide(state).direction
-        size = jnp.sqrt(jnp.sum(jnp.square(direction)))
+        size = jnp.linalg.norm(direction)
         target = jnp.argmax(jnp.abs(direction)).astype(jnp.int32)
         guided = (state.status == RUNNING) & _unprobed(state) & (size > 0)
         guided &= ~jnp.any(self._starting(state)) & (jnp.sum(state.frontier) > 1)
         mirror = direction.at[target].add(jnp.where(direction[target] < 0, -size, size))
-        mirror = jnp.where(guided, mirror / _nonzero(jnp.sqrt(jnp.sum(jnp.square(mirror)))), 0)
+        mirror = jnp.where(guided, divide(mirror, jnp.linalg.norm(mirror)), 0)
 
         def reflect(rows: Array) -> Array:
             return rows - 2 * mirror[:, None] * matmul(mirror, rows)
@@ -287,7 +287,3 @@ def _guide(state: State) -> Guide:
     if state.guide is None:
         raise AssertionError("`Warm.init` did not begin this iteration.")
     return state.guide
-
-
-def _nonzero(x: Array) -> Array:
-    return jnp.where(x == 0, 1, x)

@@ -56,9 +56,9 @@ class Settings(eqx.Module):
             raise ValueError(f"`track_curvature` needs either a `loss` or an `operator=`, got {which_came}.")
         if which not in WHICH:
             raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
-        counts = {"k": (k, 1), "every": (every, 1), "certify": (certify, 1), "guards": (guards, 0)}
-        counts |= {"history": (history, 0)}
-        for name, (value, least) in counts.items():
+        positive, others = {"k": k, "every": every, "certify": certify}, {"guards": guards, "history": history}
+        for name, value in {**positive, **others}.items():
+            least = int(name in positive)
             if as_integer(name, value) < least:
                 raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
         if not 0 < float(tol) < 1:

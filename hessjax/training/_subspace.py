@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._vectors import contract, divide, gram, norm, scalar_dtype
+from hessjax._vectors import combine, contract, divide, gram, norm, scalar_dtype
 from hessjax.krylov._dense import sequential_eigh
 
 
@@ -19,8 +19,8 @@ def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scal
 
 def continued(last: PyTree[Float[Array, "k ..."]], earlier: PyTree[Float[Array, "k ..."]]) -> PyTree:
     """Where a space that turned from `earlier` to `last` comes to if it goes on turning: V + (V - E EᵀV), as rows."""
-    shares = gram(last, earlier)
-    return jtu.tree_map(lambda v, e: (2 * v - contract(shares, e, (1, 0), shares.dtype)).astype(v.dtype), last, earlier)
+    inside = combine(earlier, gram(earlier, last))
+    return jtu.tree_map(lambda v, e: 2 * v - e, last, inside)
 
 
 def nearness(vectors: PyTree[Float[Array, "k ..."]], rows: PyTree[Float[Array, "m ..."]]) -> Scalar:
@@ -39,7 +39,7 @@ def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k
     sines are the singular values of Y - X XᵀY.
     """
     cosines = gram(x, y)
-    outside = jtu.tree_map(lambda b, a: b - contract(cosines, a, (0, 0), cosines.dtype).astype(b.dtype), y, x)
+    outside = jtu.tree_map(jnp.subtract, y, combine(x, cosines))
     squares = sequential_eigh(gram(outside, outside))[0]
     empty = [jnp.diagonal(gram(rows, rows)) == 0 for rows in (x, y)]  # such a row of Y counts as one within X: angle 0
     shared = contract(cosines, cosines, (0, 0), cosines.dtype) + jnp.diag(empty[1].astype(cosines.dtype))

@@ -174,8 +174,8 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
     if settings.implementation is not None:
         key = jax.random.wrap_key_data(key, impl=settings.implementation)
     count = state.step // settings.every
-    _, before, ahead = _predictions(state)
-    first = select(state.prediction == 1, before, ahead)
+    predictions = _predictions(state)
+    first = select(state.prediction == 1, *predictions[1:])
     first = jtu.tree_map(lambda leaf: jnp.where(state.prediction == 0, 0, leaf), first)
     pairs = warm_eigenpairs(
         op,
@@ -188,7 +188,7 @@ def _measure(settings: Settings, state: CurvatureState, given: Measured) -> Curv
         certify=count % settings.certify == 0,
         grow_above=None if settings.grow_above is None else settings.grow_above.astype(state.eigenvalues.dtype),
     )
-    return _record(settings, state, given, pairs, count)
+    return _record(settings, state, given, pairs, predictions, count)
 
 
 def _predictions(state: CurvatureState) -> tuple[PyTree, PyTree, PyTree]:
@@ -198,10 +198,15 @@ def _predictions(state: CurvatureState) -> tuple[PyTree, PyTree, PyTree]:
 
 
 def _record(
-    settings: Settings, state: CurvatureState, given: Measured, pairs: WarmPairs, count: Array
+    settings: Settings,
+    state: CurvatureState,
+    given: Measured,
+    pairs: WarmPairs,
+    predictions: tuple[PyTree, PyTree, PyTree],
+    count: Array,
 ) -> CurvatureState:
     """The state after a measurement, which is the `count`-th."""
-    vectors, predictions = pairs.vectors, _predictions(state)
+    vectors = pairs.vectors
     known, failed = jnp.isfinite(state.eigenvalues[-1]), ~jnp.isfinite(pairs.values[-1])
     angles = principal_angles(state.eigenvectors, vectors)
     nearest = jnp.argmax(jnp.stack([nearness(vectors, rows) for rows in predictions]))
