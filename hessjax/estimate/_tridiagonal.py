@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._dense import sequential_eigh
+from hessjax.krylov._eigh import sequential_eigh
 from hessjax.operators._operator import Operator, multiply
 
 

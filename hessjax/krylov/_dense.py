@@ -1,13 +1,12 @@
 """All eigenpairs of a small operator, from its matrix."""
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
-from jaxtyping import Array, Scalar
+from jaxtyping import Scalar
 
 from hessjax._vectors import epsilon, matmul, size_of
 from hessjax.krylov._eigenpairs import Eigenpairs
+from hessjax.krylov._eigh import sequential_eigh
 from hessjax.krylov._projected import neighbour_gaps, preference
 from hessjax.operators._operator import Operator
 
@@ -55,10 +54,3 @@ def dense_eigenpairs(op: Operator, which: str, sigma: Scalar | None, k: int, tol
         jnp.maximum(rounding / 4, asymmetry) * unit,
         jnp.asarray(n, jnp.int32),
     )
-
-
-@jax.custom_batching.sequential_vmap
-def sequential_eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues ascending, and eigenvectors in columns; under `vmap` one after another (see `_projected.refresh`)."""
-    vectors, values = lax.linalg.eigh(matrix)
-    return values, vectors

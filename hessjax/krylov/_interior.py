@@ -32,8 +32,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import combine, divide, epsilon, gram, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._dense import sequential_eigh
 from hessjax.krylov._eigenpairs import Eigenpairs
+from hessjax.krylov._eigh import sequential_eigh
 from hessjax.krylov._restarted import Iteration
 from hessjax.krylov._state import CERTIFIED, Plan, State
 from hessjax.operators._operator import Operator

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 from hessjax._function import as_integer, check_key
 from hessjax._vectors import as_vector, divide, draw, epsilon, norm, scalar_dtype
 from hessjax.krylov._basis import Basis
+from hessjax.krylov._eigh import eigh
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
@@ -52,7 +53,7 @@ class Lanczos(eqx.Module):
         unit = jnp.where(peak > 0, peak, 1)
         # At most three entries of a row are nonzero and none exceeds 1, so 4 sorts behind every Ritz value.
         matrix = jnp.where(live[:, None] & live[None, :], matrix / unit, 0) + jnp.diag(jnp.where(live, 0.0, 4.0))
-        vectors, values = lax.linalg.eigh(matrix.astype(self.diagonal.dtype))
+        values, vectors = eigh(matrix.astype(self.diagonal.dtype))
         vectors = jnp.where(live[:, None] & live[None, :], vectors, 0)
         last = vectors[jnp.maximum(self.steps - 1, 0)]
         bounds = jnp.where(live, jnp.abs(last) * self.residual_norm, jnp.inf)

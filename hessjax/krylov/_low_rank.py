@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from hessjax._vectors import combine, gram, matmul, stacked
-from hessjax.krylov._dense import sequential_eigh
+from hessjax.krylov._eigh import sequential_eigh
 
 
 class LowRank(eqx.Module):

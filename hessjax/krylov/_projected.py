@@ -18,11 +18,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
 from hessjax._vectors import matmul
+from hessjax.krylov._eigh import eigh
 
 # Leading sizes that a projected problem is solved at. Up to 62 rows OpenBLAS, the CPU's LAPACK, runs `eigh` on one
 # thread. Above, it wakes a thread per core for loops of microseconds and waits for all of them: where other programs
-# share the cores, 0.2 ms become 10 ms at 64 rows, and 1 ms becomes 170 ms at 136.
-_SIZES = {62: 62, 136: 204}  # size: used if there are more rows than this, as each is compiled
+# share the cores, 0.2 ms become 10 ms at 64 rows, and 1 ms becomes 170 ms at 136. A GPU takes as long as many of its
+# products whatever they multiply, 0.2 ms at 20 rows and 0.75 at 62 (H100): hence 24.
+_SIZES = {24: 31, 62: 62, 136: 204}
 
 
 class Ritz(eqx.Module):
@@ -69,46 +71,45 @@ def refresh(when: Bool[Array, ""], projected: Array, expanded: Array, frontier: 
     Under `vmap` the batch runs one after another: vmapped solvers with a batched LAPACK call in their loop have been
     seen to stop for ever on the CPU, and a batched branch would run every size.
     """
-    rows = expanded.size
-    sizes = [*(size for size, fewest in _SIZES.items() if rows > fewest), rows]
-
-    def solver(size: int) -> Callable[[], Ritz]:
-        def solve() -> Ritz:
-            ritz = _rayleigh_ritz(projected[:size, :size], expanded[:size], frontier[:size])
-            square = ((0, rows - size), (0, rows - size))
-            return Ritz(
-                jnp.pad(ritz.values, square[0]),
-                jnp.pad(ritz.vectors, square),
-                jnp.pad(ritz.couplings, square),
-                ritz.count,
-            )
-
-        return solve
-
-    # The smallest of a few leading sizes that holds the rows in use: the cost follows them.
-    # Comparisons with numbers, since a constant array would be batched with its branch, which custom_vmap refuses.
-    in_use = jnp.sum(expanded | frontier)
-    smallest = sum(((in_use > size).astype(jnp.int32) for size in sizes[:-1]), jnp.zeros((), jnp.int32))
-    return lax.cond(when, lambda: lax.switch(smallest, [solver(size) for size in sizes]), lambda: old)
+    return lax.cond(when, lambda: _rayleigh_ritz(projected, expanded, frontier), lambda: old)
 
 
 def _rayleigh_ritz(
-    projected: Float[Array, "size size"], expanded: Bool[Array, " size"], frontier: Bool[Array, " size"]
+    projected: Float[Array, "rows rows"], expanded: Bool[Array, " rows"], frontier: Bool[Array, " rows"]
 ) -> Ritz:
-    """Solves the projected problem over the expanded rows."""
-    count = jnp.sum(expanded, dtype=jnp.int32)
+    """Solves the projected problem over the expanded rows, at the smallest size that holds all rows in use."""
+    rows = expanded.size
     inside = jnp.where(expanded[:, None] & expanded[None, :], projected, 0)
     peak = jnp.max(jnp.abs(inside))
     unit = jnp.where(peak > 0, peak, 1)
     inside = inside / unit
     # Rows that are not expanded sort behind those that are: above every eigenvalue, yet of the matrix's own scale.
     beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))
-    vectors, values = lax.linalg.eigh(inside + jnp.diag(jnp.where(expanded, 0, beyond)))
-    live = jnp.arange(expanded.size) < count
-    vectors = jnp.where(expanded[:, None] & live[None, :], vectors, 0)
+    matrix = inside + jnp.diag(jnp.where(expanded, 0, beyond))
     coupled = jnp.where(frontier[:, None] & expanded[None, :], projected / unit, 0)
-    couplings = unit * matmul(coupled, vectors)
-    return Ritz(jnp.where(live, values * unit, 0), vectors, couplings, count)
+
+    def solver(size: int) -> Callable[[], tuple[Array, Array, Array]]:
+        def solve() -> tuple[Array, Array, Array]:
+            values, vectors = eigh(matrix[:size, :size])
+            spare = (0, rows - size)
+            couplings = matmul(coupled[:size, :size], vectors)
+            return jnp.pad(values, spare), jnp.pad(vectors, (spare, spare)), jnp.pad(couplings, (spare, spare))
+
+        return solve
+
+    # Comparisons with numbers, since a constant array would be batched with its branch, which custom_vmap refuses.
+    sizes = [*(size for size, fewest in _SIZES.items() if rows > fewest), rows]
+    in_use = jnp.sum(expanded | frontier)
+    smallest = sum(((in_use > size).astype(jnp.int32) for size in sizes[:-1]), jnp.zeros((), jnp.int32))
+    values, vectors, couplings = lax.switch(smallest, [solver(size) for size in sizes])
+    count = jnp.sum(expanded, dtype=jnp.int32)
+    live = jnp.arange(rows) < count
+    return Ritz(
+        jnp.where(live, values * unit, 0),
+        jnp.where(expanded[:, None] & live[None, :], vectors, 0),
+        jnp.where(live, unit * couplings, 0),
+        count,
+    )
 
 
 def preference(values: Array, live: Array, which: str) -> Int[Array, " rows"]:

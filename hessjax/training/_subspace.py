@@ -5,7 +5,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from hessjax._vectors import combine, contract, divide, gram, norm, scalar_dtype
-from hessjax.krylov._dense import sequential_eigh
+from hessjax.krylov._eigh import sequential_eigh
 
 
 def overlap(vector: PyTree | None, basis: PyTree[Float[Array, "k ..."]]) -> Scalar:
