@@ -18,7 +18,7 @@ from hessjax._vectors import divide, inner, norm, scalar_dtype, subtract
 from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._quadrature import Plan, gauss
 from hessjax.estimate._tridiagonal import tridiagonalize, without
-from hessjax.operators._operator import Operator, multiply
+from hessjax.operators._operator import Operator, multiply_each
 from hessjax.operators._packing import Packed
 
 BOUND_STEPS = 30  # of the Lanczos run that bounds the spectrum
@@ -89,14 +89,14 @@ def _moments(
     """The first 2 · steps moments: Tᵢ(B)z and its successor tell two each, by TᵢTⱼ = (Tᵢ₊ⱼ + Tᵢ₋ⱼ) / 2."""
     dtype = scalar_dtype(op.structure)
 
-    def shifted(vector: PyTree) -> PyTree:
-        image = subtract(multiply(op, vector), interval.center, vector)
+    def shifted(vectors: PyTree) -> PyTree:
+        image = subtract(multiply_each(op, vectors), interval.center, vectors)
         return jtu.tree_map(lambda leaf: (leaf / interval.half).astype(leaf.dtype), image)
 
     def step(carry: tuple[PyTree, PyTree], index: Array) -> tuple[tuple[PyTree, PyTree], tuple[Array, Array]]:
         last, now = carry
         factor, past = jnp.where(index == 0, 1, 2), jnp.where(index == 0, 0, 1)
-        image = without(removed, jax.vmap(shifted)(now))
+        image = without(removed, shifted(now))
         following = jtu.tree_map(lambda x, y: (factor * x - past * y).astype(x.dtype), image, last)
         products = jax.vmap(inner)
         return (now, following), (products(now, now).astype(dtype), products(now, following).astype(dtype))

@@ -1,6 +1,7 @@
 """Random probe vectors, and work on many of them at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._vectors import divide, draw, norm, size_of
-from hessjax.operators._operator import Operator, multiply
+from hessjax.operators._operator import Operator, multiply_each
 
 BATCH = 32  # products that run together where nothing else is asked for
 
@@ -59,4 +60,4 @@ def in_batches(function: Callable[[Any], PyTree], batched: Any, size: int = BATC
 
 def products(op: Operator, block: PyTree[Float[Array, "count ..."]], size: int = BATCH) -> PyTree:
     """A applied to every vector of a block, `size` at a time."""
-    return in_batches(jax.vmap(lambda vector: multiply(op, vector)), block, size)
+    return in_batches(partial(multiply_each, op), block, size)

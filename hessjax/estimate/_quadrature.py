@@ -20,7 +20,7 @@ from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonal_eigh, tridiagonalize
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._projected import neighbour_gaps
-from hessjax.operators._operator import Operator, multiply
+from hessjax.operators._operator import Operator, multiply_each
 from hessjax.operators._packing import Packed, Packing
 
 
@@ -153,7 +153,7 @@ def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
 
         def images(op: Operator) -> PyTree:
             packed = Packed(op, plan.packing)
-            return lax.map(jax.vmap(partial(multiply, packed)), rows)
+            return lax.map(partial(multiply_each, packed), rows)
 
         _, changes = eqx.filter_jvp(images, (op,), (tangents[0],))
         nodes, weights, radii, vectors = lax.stop_gradient(jax.vmap(gauss)(matrices))

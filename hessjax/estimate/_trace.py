@@ -19,7 +19,7 @@ from hessjax.estimate._probes import in_batches, on_long_sphere, products, signs
 from hessjax.estimate._result import Estimate, average, exactly, scaled
 from hessjax.estimate._rounds import Method, as_tolerance, run
 from hessjax.estimate._sketch import Sketch, minus, orthonormal, sketch
-from hessjax.operators._operator import Operator, as_operator, quadratic_form
+from hessjax.operators._operator import Operator, as_operator, multiply_each
 from hessjax.operators._packing import Packed, Packing
 
 
@@ -100,7 +100,12 @@ def _trace(
 def _forms(op: Operator, keys: Array, known: Array | None) -> Float[Array, " count"]:
     """zᵀAz for vectors of random signs."""
     structure = structure_of(op.like)
-    forms = in_batches(jax.vmap(lambda key: quadratic_form(op, signs(key, structure))), keys)
+
+    def batch(keys: Array) -> Array:
+        probes = jax.vmap(partial(signs, structure=structure))(keys)
+        return jax.vmap(inner)(probes, multiply_each(op, probes))
+
+    forms = in_batches(batch, keys)
     return forms if known is None else jnp.concatenate([known, forms])
 
 

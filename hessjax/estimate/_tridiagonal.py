@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import sequential_eigh
-from hessjax.operators._operator import Operator, multiply
+from hessjax.operators._operator import Operator, multiply_each
 
 
 class Tridiagonals(eqx.Module):
@@ -94,7 +94,7 @@ def tridiagonalize(
     def step(carry: Carry, index: Int[Array, ""]) -> tuple[Carry, tuple[Array, Array]]:
         vectors = jax.vmap(divide)(carry.residual, carry.beta)
         basis = jax.vmap(lambda basis, vector: basis.set_row(index, vector))(carry.basis, vectors)
-        images = jax.vmap(lambda vector: multiply(op, vector))(vectors)
+        images = multiply_each(op, vectors)
         scale = jnp.maximum(carry.scale, norms(images))
         alpha = jax.vmap(inner)(vectors, images)
         residual = jax.vmap(subtract)(jax.vmap(subtract)(images, alpha, vectors), carry.beta, carry.last)

@@ -35,11 +35,16 @@ def channel_last(function: Callable[..., PyTree[Array]]) -> Callable[..., PyTree
         # Without `jit` a function may look at its values, which tracing forbids.
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] jax adds its options at run time
             return function(*args)
-        program, structure = jax.make_jaxpr(function, return_shape=True)(*args)
-        leaves = jax.core.eval_jaxpr(_rewrite(program.jaxpr, {}), program.consts, *jtu.tree_leaves(args))
-        return jtu.tree_unflatten(jtu.tree_structure(structure), leaves)
+        program, treedef = channel_last_program(function, *args)
+        return treedef.unflatten(jax.core.eval_jaxpr(program.jaxpr, program.consts, *jtu.tree_leaves(args)))
 
     return traced
+
+
+def channel_last_program(function: Callable[..., PyTree[Array]], *args: PyTree) -> tuple[ClosedJaxpr, Any]:
+    """The program of such a function for arguments of the given shapes, and the structure of its result."""
+    program, result = jax.make_jaxpr(function, return_shape=True)(*args)
+    return program.replace(jaxpr=_rewrite(program.jaxpr, {})), jtu.tree_structure(result)
 
 
 def _rewrite(jaxpr: Jaxpr, known: dict[Jaxpr, Jaxpr]) -> Jaxpr:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from hessjax._function import Function, as_function, full_precision
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
 from hessjax.operators._convolutions import channel_last
+from hessjax.operators._together import each
 
 _DENSE_COLUMNS = 32  # products that `Operator.dense` runs together
 
@@ -265,6 +266,12 @@ def multiply(op: Operator, vector: PyTree) -> PyTree:
     """Av, as every algorithm computes it: in full precision, its convolutions laid out for the platform."""
     with full_precision():
         return channel_last(op.product)(vector)
+
+
+def multiply_each(op: Operator, block: PyTree[Float[Array, "count ..."]]) -> PyTree[Float[Array, "count ..."]]:
+    """`multiply` of every vector of a block, as fast as the platform does that."""
+    with full_precision():
+        return each(op.product, block)
 
 
 def quadratic_form(op: Operator, vector: PyTree) -> Scalar:
