@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from hessjax import plot as plot
 from hessjax._model import Model as Model
 from hessjax.estimate import Applied as Applied
 from hessjax.estimate import Density as Density

@@ -49,13 +49,13 @@ class Density(eqx.Module):
 
         Args:
             grid: points, an array of any shape.
-            sigma: the standard deviation of the smoothing; None for (λmax - λmin) / num_steps, of the nodes seen.
+            sigma: the standard deviation of the smoothing; None for `default_width`.
 
         Returns:
             Value and standard error of `grid`'s shape, in units of 1 / λ; the integral over all λ is 1.
         """
         grid = self._points(grid)
-        sigma = self._default_width() if sigma is None else jnp.asarray(sigma, self.nodes.dtype)
+        sigma = self.default_width if sigma is None else jnp.asarray(sigma, self.nodes.dtype)
         return self._per_probe(partial(smoothed, grid, sigma))
 
     def log_pdf(self, grid: Any, sigma: Any = 0.1) -> Estimate:
@@ -197,7 +197,9 @@ class Density(eqx.Module):
     def _rounding(self) -> Array:
         return 16 * jnp.finfo(self.nodes.dtype).eps * jnp.max(jnp.abs(self.nodes))
 
-    def _default_width(self) -> Array:
+    @property
+    def default_width(self) -> Array:
+        """The smoothing of `pdf` where none is given: (λmax - λmin) / num_steps, of the nodes seen."""
         low, high = self.ends
         width = (high - low) / self.nodes.shape[1]
         peak = jnp.maximum(jnp.abs(low), jnp.abs(high))

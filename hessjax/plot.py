@@ -1,0 +1,377 @@
+"""Pictures of what the other rooms return, on matplotlib's axes.
+
+In: eigenpairs, densities, the tracker's state, numbers by block. Out: the `matplotlib.axes.Axes` drawn on, to label,
+limit and save as any other. Each function draws on `ax`, or on a figure of its own where none is given. Nothing here
+multiplies by an operator; `loss_along` evaluates a loss. matplotlib is imported at the first call.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from hessjax._function import as_integer, full_precision
+from hessjax._model import Model
+from hessjax.estimate import Density, Estimate
+from hessjax.krylov import Eigenpairs
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_SOFT = "#8a8a8a"
+_POINTS = 2000  # of a density's grid, beside its outermost nodes
+
+
+def density(
+    density: Density | Any, *, sigma: Any = None, eigenvalues: Any = None, label: str | None = None, ax: Any = None
+) -> Any:
+    """The density of the eigenvalues on a logarithmic axis, with two standard errors either way.
+
+    The curve ends below a fifth of what a single eigenvalue contributes at its peak, 1 / (n σ √(2π)): nothing lower has
+    a meaning.
+
+    Args:
+        density: what `hj.spectral_density` returns.
+        sigma: the smoothing, as in `Density.pdf`, whose default it shares.
+        eigenvalues: marked below the curve: known eigenvalues, an array, or `Eigenpairs`.
+        label: of the curve, in a legend.
+        ax: the axes to draw on.
+
+    Returns:
+        The axes. The horizontal one has the units of the eigenvalues, the vertical one their inverse.
+
+    Raises:
+        TypeError: `density` is no `Density`.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.linspace(0.0, 1.0, 500) * v, like=jnp.zeros(500))
+        >>> ax = hj.plot.density(hj.spectral_density(A, jax.random.key(0), num_steps=30))  # doctest: +SKIP
+    """
+    if not isinstance(density, Density):
+        raise TypeError(
+            f"`plot.density` draws what `hj.spectral_density` returns, got {type(density).__name__}. For eigenvalues "
+            "alone there is `hj.plot.eigenvalues`."
+        )
+    ax = _axes(ax, "density")
+    low, high = (float(end) for end in density.ends)
+    width = float(density.default_width if sigma is None else sigma)
+    # Outermost nodes lie far apart, and their peaks between the points of an even grid.
+    nodes = np.asarray(density.nodes)[np.asarray(density.weights) > 0]
+    offsets = width * np.linspace(-3, 3, 13)
+    peaks = (np.sort(nodes)[[*range(min(20, nodes.size)), *range(-min(20, nodes.size), 0)]][:, None] + offsets).ravel()
+    grid = np.unique(np.concatenate([np.linspace(low - 4 * width, high + 4 * width, _POINTS), peaks]))
+    curve = density.pdf(grid, sigma)
+    value, error = np.asarray(curve.value, float), 2 * np.nan_to_num(np.asarray(curve.stderr, float), posinf=0.0)
+    least = 0.2 / (density.size * width * (2 * np.pi) ** 0.5)
+    colour = _next_colour(ax)
+    ax.plot(grid, np.where(value > least, value, np.nan), color=colour, linewidth=1.2, label=label)
+    low, high = (np.maximum(value + side * error, least) for side in (-1, 1))
+    ax.fill_between(grid, low, high, where=high > least, color=colour, alpha=0.25, linewidth=0)
+    if eigenvalues is not None:
+        known = _values_of(eigenvalues, "eigenvalues")
+        ax.plot(known, np.full(known.size, 0.03), "|", color=_COLOURS[1], transform=ax.get_xaxis_transform())
+    ax.set_yscale("log")
+    return _finish(ax, "eigenvalue λ", "density of eigenvalues", label)
+
+
+def eigenvalues(pairs: Any, *, label: str | None = None, ax: Any = None) -> Any:
+    """The eigenvalues by rank, the largest first, with their error bounds; those that did not converge are hollow.
+
+    Args:
+        pairs: what `hj.eigsh` returns, or an array of eigenvalues.
+        label: of the points, in a legend.
+        ax: the axes to draw on.
+
+    Returns:
+        The axes. The vertical one has the units of the eigenvalues.
+
+    Raises:
+        TypeError: `pairs` are neither.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> A = hj.operator(lambda v: jnp.linspace(0.0, 1.0, 500) * v, like=jnp.zeros(500))
+        >>> ax = hj.plot.eigenvalues(hj.eigsh(A, 6, jax.random.key(0)))  # doctest: +SKIP
+    """
+    values = _values_of(pairs, "pairs", keep=True)
+    errors, good = np.zeros(values.size), np.isfinite(values)
+    if isinstance(pairs, Eigenpairs):
+        errors, good = np.asarray(pairs.error_bounds, float), np.asarray(pairs.converged)
+    ax = _axes(ax, "eigenvalues")
+    order = np.argsort(-values, kind="stable")
+    rank, colour = np.arange(1, values.size + 1), _next_colour(ax)
+    values, errors, good = values[order], np.where(np.isfinite(errors), errors, 0)[order], good[order]
+    ax.axhline(0, color=_SOFT, linewidth=0.8, zorder=0)
+    ax.errorbar(rank, values, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+    ax.plot(rank[good], values[good], "o", color=colour, label=label)
+    ax.plot(rank[~good], values[~good], "o", markerfacecolor="none", color=colour, label=None if label else "_")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return _finish(ax, "rank", "eigenvalue λ", label)
+
+
+def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str | None = None, ax: Any = None) -> Any:
+    """Tracked eigenvalues over the steps of training, and the threshold that they are compared with.
+
+    Args:
+        state: what keeps them: an optimizer's state with a `hj.track_curvature(..., history=n)` in it, or the values
+            themselves, (steps,) or (steps, k), as a `lax.scan` collects them. NaN is left out.
+        steps: the steps that the values belong to, where these came as an array: None for 0, 1, 2, …
+        threshold: `hj.edge_of_stability(...)`, a number or one for every step.
+        label: of the largest eigenvalue, in a legend.
+        ax: the axes to draw on.
+
+    Returns:
+        The axes. The horizontal one counts steps, the vertical one has the units of the eigenvalues.
+
+    Raises:
+        TypeError: there is no tracker in `state`.
+        ValueError: the tracker keeps no history, or `steps` has another length than the values.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import hessjax as hj, numpy as np
+        >>> edge = hj.edge_of_stability("gradient_descent", 0.1)
+        >>> ax = hj.plot.tracking(np.linspace(5.0, 20.0, 100), threshold=edge)  # doctest: +SKIP
+    """
+    values, known = _trail(state)
+    steps = known if steps is None else np.asarray(steps)
+    if steps.shape != values.shape[:1]:
+        raise ValueError(
+            f"`plot.tracking` needs a step for each of {values.shape[0]} measurements, got `steps` of shape "
+            f"{steps.shape}."
+        )
+    ax = _axes(ax, "tracking")
+    colour = _next_colour(ax)
+    for place, column in enumerate(values.T[::-1]):
+        here = np.isfinite(column)
+        name = label if place == 0 else None
+        ax.plot(steps[here], column[here], color=colour, alpha=0.9**place, linewidth=1.4 / (1 + place), label=name)
+    if threshold is not None:
+        edge = np.broadcast_to(np.asarray(threshold, float), steps.shape)
+        ax.plot(steps, edge, "--", color=_SOFT, linewidth=1, label="edge of stability")
+    return _finish(ax, "step", "eigenvalue λ", label if threshold is None else "shown")
+
+
+def loss_along(
+    loss: Any,
+    pairs: Eigenpairs | Any,
+    *,
+    params: PyTree | None = None,
+    radius: Any = None,
+    num_points: Any = 41,
+    ax: Any = None,
+) -> Any:
+    """The loss on the lines through the parameters along each eigenvector, and its parabola there, dashed.
+
+    Where the two part, curvature at a point no longer tells what the loss does. Costs k · num_points losses and one
+    gradient, in one compiled program.
+
+    Args:
+        loss: a `hj.Model`, or a function of the parameters alone, `lambda params: loss(params, x, y)`.
+        pairs: what `hj.eigsh` returns for it.
+        params: where to stand; for a `Model` its own by default.
+        radius: how far to go, in the norm of the parameters. None for √(2 L / |λ|max), where the parabola of the
+            steepest direction reaches twice the loss.
+        num_points: of each line, at least 2.
+        ax: the axes to draw on.
+
+    Returns:
+        The axes. The horizontal one has the units of the parameters, the vertical one those of the loss.
+
+    Raises:
+        TypeError: `loss` is neither a model nor a function, or `pairs` no `Eigenpairs`.
+        ValueError: there are no eigenvectors, `params` is missing, or a number is out of range.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import hessjax as hj, jax, jax.numpy as jnp
+        >>> loss, w = lambda w: jnp.sum(w**4 + w**2), jnp.ones(300)
+        >>> pairs = hj.eigsh(hj.hvp(loss)(w), 1, jax.random.key(0))
+        >>> ax = hj.plot.loss_along(loss, pairs, params=w)  # doctest: +SKIP
+    """
+    if not isinstance(pairs, Eigenpairs):
+        raise TypeError(f"`plot.loss_along` needs the `Eigenpairs` of `hj.eigsh`, got {type(pairs).__name__}.")
+    if pairs.eigenvectors is None:
+        raise ValueError("`plot.loss_along` needs eigenvectors; `pairs` came from `return_eigenvectors=False`.")
+    if (num_points := as_integer("num_points", num_points)) < 2:
+        raise ValueError(f"`plot.loss_along` needs `num_points >= 2`, got {num_points}.")
+    params, function = _loss_of(loss, params)
+    values = np.asarray(pairs.eigenvalues, float)
+    if radius is None:
+        height, steepest = abs(float(function(loss, params))), float(np.max(np.abs(values), initial=0))
+        radius = (2 * height / steepest) ** 0.5 if height > 0 and steepest > 0 else 1.0
+    if not float(radius) > 0:
+        raise ValueError(f"`plot.loss_along` needs a positive `radius`, got {radius}.")
+    distances = np.linspace(-float(radius), float(radius), num_points)
+    heights, center, slopes = map(np.asarray, _heights(function, loss, params, pairs.eigenvectors, distances))
+    ax = _axes(ax, "loss_along")
+    for index in reversed(range(values.size)):
+        colour = _next_colour(ax)
+        ax.plot(distances, heights[index], color=colour, linewidth=1.4, label=f"λ = {values[index]:.3g}")
+        parabola = center + slopes[index] * distances + values[index] * distances**2 / 2
+        ax.plot(distances, parabola, "--", color=colour, linewidth=0.8)
+    return _finish(ax, "distance along the eigenvector", "loss", "shown")
+
+
+def blocks(results: Mapping[str, Any] | Any, *, label: str | None = None, ax: Any = None) -> Any:
+    """Numbers of every block, such as its eigenvalues or its trace: a line for each block, in the model's order.
+
+    Args:
+        results: a dict from block name to `Eigenpairs`, `Estimate` or array, as `hj.map_blocks` returns it. Eigenpairs
+            that did not converge are hollow; estimates have bars of two standard errors.
+        label: of the points, in a legend.
+        ax: the axes to draw on. Give it a second set of results on the same blocks to compare them.
+
+    Returns:
+        The axes. The horizontal one has the units of the numbers.
+
+    Raises:
+        TypeError: `results` is no dict, or holds something else.
+        ValueError: it is empty.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import hessjax as hj, numpy as np
+        >>> ax = hj.plot.blocks({"first": np.array([1.0, 2.0]), "second": np.array([0.5])})  # doctest: +SKIP
+    """
+    if not isinstance(results, Mapping):
+        raise TypeError(
+            f"`plot.blocks` needs a dict from block name to result, such as `hj.map_blocks` returns, got "
+            f"{type(results).__name__}."
+        )
+    if not results:
+        raise ValueError("`plot.blocks` got no blocks.")
+    rows = [(name, _numbers(name, result)) for name, result in results.items()]
+    ax = _axes(ax, "blocks")
+    colour = _next_colour(ax)
+    for row, (_, (values, errors, good)) in enumerate(rows):
+        places = np.full(values.size, row)
+        ax.errorbar(values, places, xerr=errors, fmt="none", ecolor=colour, elinewidth=1)
+        ax.plot(values[good], places[good], "o", color=colour, label=label if row == 0 else None)
+        ax.plot(values[~good], places[~good], "o", markerfacecolor="none", color=colour)
+    ax.axvline(0, color=_SOFT, linewidth=0.8, zorder=0)
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    return _finish(ax, "value", "", label)
+
+
+def _axes(ax: Any, caller: str) -> Any:
+    """The given axes, or those of a new figure."""
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f"`hj.plot.{caller}` needs matplotlib: pip install 'hessjax[plot]'.") from error
+    return pyplot.subplots(layout="constrained")[1]
+
+
+def _next_colour(ax: Any) -> str:
+    """One that no earlier call on these axes took."""
+    used = {line.get_color() for line in ax.lines}
+    return next((colour for colour in _COLOURS if colour not in used), _COLOURS[len(ax.lines) % len(_COLOURS)])
+
+
+def _finish(ax: Any, x: str, y: str, label: str | None) -> Any:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.spines[["top", "right"]].set_visible(False)
+    if label is not None:
+        ax.legend(frameon=False)
+    return ax
+
+
+def _values_of(pairs: Any, name: str, keep: bool = False) -> Float[np.ndarray, " k"]:
+    """Eigenvalues as NumPy's; those that did not converge only if `keep`."""
+    if isinstance(pairs, Eigenpairs):
+        values = np.asarray(pairs.eigenvalues, float)
+        return values if keep else values[np.asarray(pairs.converged)]
+    if not isinstance(pairs, list | tuple | np.ndarray | jax.Array):
+        raise TypeError(f"`{name}` must be `Eigenpairs` or an array of eigenvalues, got {type(pairs).__name__}.")
+    return np.asarray(pairs, float).reshape(-1)
+
+
+def _trail(state: Any) -> tuple[Float[np.ndarray, "steps k"], np.ndarray]:
+    """Measured values, (steps, k), and the steps they belong to, in order."""
+    if isinstance(state, np.ndarray | jax.Array) or (
+        isinstance(state, list) and all(isinstance(x, float | int) for x in state)
+    ):
+        values = np.asarray(state, float)
+        values = values[:, None] if values.ndim == 1 else values
+        if values.ndim != 2:
+            raise ValueError(f"`plot.tracking` needs values of shape (steps,) or (steps, k), got {values.shape}.")
+        return values, np.arange(len(values))
+    if not optax.tree.get_all_with_path(state, "history_steps"):
+        raise TypeError(
+            "`plot.tracking` found no `hj.track_curvature` in `state`, got "
+            f"{type(state).__name__}. Give it the optimizer's state, or an array of values."
+        )
+    history, steps = optax.tree.get(state, "history"), optax.tree.get(state, "history_steps")
+    if history is None:
+        raise ValueError("The tracker keeps no history: make it with `hj.track_curvature(..., history=n)`.")
+    order = np.argsort(np.asarray(steps), kind="stable")
+    order = order[np.asarray(steps)[order] >= 0]
+    return np.asarray(history, float)[order], np.asarray(steps)[order]
+
+
+def _loss_of(loss: Any, params: PyTree | None) -> tuple[PyTree, Callable[[Any, PyTree], Array]]:
+    """Where to stand, and a function of the loss object and parameters."""
+    if isinstance(loss, Model):
+        return (loss.params if params is None else params), _model_loss
+    if not callable(loss):
+        raise TypeError(f"`plot.loss_along` needs a `hj.Model` or a function of the parameters, got {loss!r}.")
+    if params is None:
+        raise ValueError("`plot.loss_along` needs `params=` where the loss is a function.")
+    return params, _called
+
+
+def _model_loss(model: Model, params: PyTree) -> Array:
+    return eqx.tree_at(lambda m: m.params, model, params).loss_value()
+
+
+def _called(loss: Callable[[PyTree], Array], params: PyTree) -> Array:
+    with full_precision():
+        return loss(params)
+
+
+@eqx.filter_jit
+def _heights(
+    function: Callable[[Any, PyTree], Array], loss: Any, params: PyTree, vectors: PyTree, distances: Any
+) -> tuple[Float[Array, "k points"], Array, Float[Array, " k"]]:
+    """The loss along each vector, at the parameters themselves, and its slopes there."""
+    params = jtu.tree_map(jnp.asarray, params)
+
+    def line(vector: PyTree) -> tuple[Array, Array]:
+        def at(distance: Array) -> Array:
+            return function(loss, jtu.tree_map(lambda p, v: (p + distance * v).astype(p.dtype), params, vector))
+
+        return lax.map(at, jnp.asarray(distances)), jax.jvp(at, (jnp.zeros(()),), (jnp.ones(()),))[1]
+
+    heights, slopes = lax.map(line, vectors)
+    return heights, function(loss, params), slopes
+
+
+def _numbers(name: str, result: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A block's values, their errors, and which of them are good."""
+    if isinstance(result, Eigenpairs):
+        values, errors = np.asarray(result.eigenvalues, float), np.asarray(result.error_bounds, float)
+        return values, np.where(np.isfinite(errors), errors, 0), np.asarray(result.converged)
+    if isinstance(result, Estimate):
+        value, errors = result.value, 2 * np.asarray(result.stderr, float).reshape(-1)
+    elif isinstance(result, float | int | list | tuple | np.ndarray | jax.Array):
+        value, errors = result, np.zeros(np.size(result))
+    else:
+        raise TypeError(
+            f"`plot.blocks` draws `Eigenpairs`, `Estimate` and arrays, got {type(result).__name__} for {name!r}."
+        )
+    values = np.asarray(value, float).reshape(-1)
+    return values, np.where(np.isfinite(errors), errors, 0), np.isfinite(values)
