@@ -10,9 +10,10 @@ _SHARE = 8  # by default the bases may take an eighth of the device's memory
 _WORKING = 8  # vectors beside the basis
 
 
-def probes_together(op: Operator, num_probes: int, num_steps: int, batch: int | None) -> int:
-    """What was asked for, or as many as an eighth of the memory holds."""
+def probes_together(op: Operator, num_probes: int, num_steps: int, batch: int | None, beside: int = 0) -> int:
+    """What was asked for, or as many as an eighth of the memory holds with `beside` vectors beside their bases."""
     if batch is not None:
         return min(batch, num_probes)
     vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(op.structure))
-    return max(1, min(num_probes, _device_memory() // _SHARE // ((num_steps + _WORKING) * vector)))
+    vectors = _device_memory() // _SHARE // vector - beside
+    return max(1, min(num_probes, vectors // (num_steps + _WORKING)))

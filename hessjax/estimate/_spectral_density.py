@@ -102,7 +102,8 @@ def spectral_density(
         _refuse_found(outliers, method, num_probes)
     known = None if found or outliers is None else _known(op, outliers)
     kept = 0 if method == "kpm" else (num_steps := min(num_steps, op.size))
-    plan = Plan(num_steps, probes_together(op, num_probes, kept, batch), Packing.of(op.like))
+    beside = _most_found(num_steps) if found else 0
+    plan = Plan(num_steps, probes_together(op, num_probes, kept, batch, beside), Packing.of(op.like))
     return _spectral_density(op, key, known, num_probes, plan, "found" if found else method)
 
 
@@ -172,7 +173,7 @@ def _by_lanczos_from_the_first(op: Operator, key: PRNGKeyArray, _removed: None, 
 
     The first one itself counts for nothing: of a repeated eigenvalue it has found all that it can see.
     """
-    keys, most = jax.random.split(key, num_probes), (plan.num_steps + 1) // 2
+    keys, most = jax.random.split(key, num_probes), _most_found(plan.num_steps)
     first = gauss_rules(op, keys[:1], None, Plan(plan.num_steps, 1, plan.packing, found=most))
     picked, *vectors = (leaf[0] for leaf in first.found)
     taken = jnp.any(picked != 0, axis=0)
@@ -180,6 +181,11 @@ def _by_lanczos_from_the_first(op: Operator, key: PRNGKeyArray, _removed: None, 
     density = _by_lanczos_on(op, keys[1:], tuple(vectors), plan)
     density = dataclasses.replace(density, num_matvecs=density.num_matvecs + plan.num_steps)
     return _with_atoms(density, Known(values, tuple(vectors), taken))
+
+
+def _most_found(num_steps: int) -> int:
+    """How many outliers a probe may find."""
+    return (num_steps + 1) // 2
 
 
 def _by_kernel_polynomials(

@@ -7,6 +7,7 @@ import pytest
 from cases import Diagonal, Matrix
 
 import hessjax as hj
+from hessjax.estimate._memory import probes_together
 
 N = 400
 TOPS = np.array([-9.0, 6.0, 7.0, 8.0, 20.0])
@@ -135,3 +136,11 @@ def test_errors_at_the_door():
 def test_nan_stays_visible():
     density = hj.spectral_density(Diagonal(jnp.full(30, jnp.nan)), jax.random.key(0), num_steps=5, outliers="found")
     assert np.isnan(density.moment(1).value)
+
+
+def test_memory_for_what_is_found_is_set_aside(monkeypatch):
+    op, vector = Diagonal(jnp.arange(1000.0)), 4000
+    monkeypatch.setattr("hessjax.estimate._memory._device_memory", lambda: 8 * 100 * vector)  # room for 100 vectors
+    assert probes_together(op, 10, 12, None) == 5
+    assert probes_together(op, 10, 12, None, beside=50) == 2
+    assert probes_together(op, 10, 12, None, beside=99) == 1
