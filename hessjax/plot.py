@@ -6,6 +6,7 @@ multiplies by an operator; `loss_along` evaluates a loss. matplotlib is imported
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -19,13 +20,16 @@ from jaxtyping import Array, Float, PyTree
 
 from hessjax._function import as_integer, full_precision
 from hessjax._model import Model
+from hessjax._vectors import inner
 from hessjax.estimate import Density, Estimate
 from hessjax.krylov import Eigenpairs
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _SOFT = "#8a8a8a"
-_POINTS = 2000  # of a density's grid, beside its outermost nodes
+_POINTS = 2000  # of a density's grid, beside
+_OUTER = 20  # nodes at either end
+_Numbers = float | int | list | tuple | np.ndarray | jax.Array
 
 
 def density(
@@ -64,22 +68,22 @@ def density(
     low, high = (float(end) for end in density.ends)
     width = float(density.default_width if sigma is None else sigma)
     # Outermost nodes lie far apart, and their peaks between the points of an even grid.
-    nodes = np.asarray(density.nodes)[np.asarray(density.weights) > 0]
-    offsets = width * np.linspace(-3, 3, 13)
-    peaks = (np.sort(nodes)[[*range(min(20, nodes.size)), *range(-min(20, nodes.size), 0)]][:, None] + offsets).ravel()
-    grid = np.unique(np.concatenate([np.linspace(low - 4 * width, high + 4 * width, _POINTS), peaks]))
+    nodes = np.sort(np.asarray(density.nodes)[np.asarray(density.weights) > 0])
+    peaks = np.add.outer(np.concatenate([nodes[:_OUTER], nodes[-_OUTER:]]), width * np.linspace(-3, 3, 13))
+    grid = np.unique(np.concatenate([np.linspace(low - 4 * width, high + 4 * width, _POINTS), peaks.ravel()]))
     curve = density.pdf(grid, sigma)
     value, error = np.asarray(curve.value, float), 2 * np.nan_to_num(np.asarray(curve.stderr, float), posinf=0.0)
     least = 0.2 / (density.size * width * (2 * np.pi) ** 0.5)
     colour = _next_colour(ax)
     ax.plot(grid, np.where(value > least, value, np.nan), color=colour, linewidth=1.2, label=label)
-    low, high = (np.maximum(value + side * error, least) for side in (-1, 1))
-    ax.fill_between(grid, low, high, where=high > least, color=colour, alpha=0.25, linewidth=0)
+    below, above = (np.maximum(value + side * error, least) for side in (-1, 1))
+    ax.fill_between(grid, below, above, where=above > least, color=colour, alpha=0.25, linewidth=0)
     if eigenvalues is not None:
-        known = _values_of(eigenvalues, "eigenvalues")
+        known, _, good = _spectrum(eigenvalues, "eigenvalues")
+        known = known[good]
         ax.plot(known, np.full(known.size, 0.03), "|", color=_COLOURS[1], transform=ax.get_xaxis_transform())
     ax.set_yscale("log")
-    return _finish(ax, "eigenvalue λ", "density of eigenvalues", label)
+    return _finish(ax, "eigenvalue λ", "density of eigenvalues", label is not None)
 
 
 def eigenvalues(pairs: Any, *, label: str | None = None, ax: Any = None) -> Any:
@@ -102,20 +106,14 @@ def eigenvalues(pairs: Any, *, label: str | None = None, ax: Any = None) -> Any:
         >>> A = hj.operator(lambda v: jnp.linspace(0.0, 1.0, 500) * v, like=jnp.zeros(500))
         >>> ax = hj.plot.eigenvalues(hj.eigsh(A, 6, jax.random.key(0)))  # doctest: +SKIP
     """
-    values = _values_of(pairs, "pairs", keep=True)
-    errors, good = np.zeros(values.size), np.isfinite(values)
-    if isinstance(pairs, Eigenpairs):
-        errors, good = np.asarray(pairs.error_bounds, float), np.asarray(pairs.converged)
+    values, errors, good = _spectrum(pairs, "pairs")
     ax = _axes(ax, "eigenvalues")
     order = np.argsort(-values, kind="stable")
-    rank, colour = np.arange(1, values.size + 1), _next_colour(ax)
-    values, errors, good = values[order], np.where(np.isfinite(errors), errors, 0)[order], good[order]
+    colour = _next_colour(ax)
     ax.axhline(0, color=_SOFT, linewidth=0.8, zorder=0)
-    ax.errorbar(rank, values, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
-    ax.plot(rank[good], values[good], "o", color=colour, label=label)
-    ax.plot(rank[~good], values[~good], "o", markerfacecolor="none", color=colour, label=None if label else "_")
+    _points(ax, np.arange(1, values.size + 1), values[order], good[order], colour, label, yerr=errors[order])
     ax.xaxis.get_major_locator().set_params(integer=True)
-    return _finish(ax, "rank", "eigenvalue λ", label)
+    return _finish(ax, "rank", "eigenvalue λ", label is not None)
 
 
 def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str | None = None, ax: Any = None) -> Any:
@@ -158,7 +156,7 @@ def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str
     if threshold is not None:
         edge = np.broadcast_to(np.asarray(threshold, float), steps.shape)
         ax.plot(steps, edge, "--", color=_SOFT, linewidth=1, label="edge of stability")
-    return _finish(ax, "step", "eigenvalue λ", label if threshold is None else "shown")
+    return _finish(ax, "step", "eigenvalue λ", label is not None or threshold is not None)
 
 
 def loss_along(
@@ -173,7 +171,7 @@ def loss_along(
     """The loss on the lines through the parameters along each eigenvector, and its parabola there, dashed.
 
     Where the two part, curvature at a point no longer tells what the loss does. Costs k · num_points losses and one
-    gradient, in one compiled program.
+    gradient.
 
     Args:
         loss: a `hj.Model`, or a function of the parameters alone, `lambda params: loss(params, x, y)`.
@@ -204,22 +202,23 @@ def loss_along(
         raise ValueError("`plot.loss_along` needs eigenvectors; `pairs` came from `return_eigenvectors=False`.")
     if (num_points := as_integer("num_points", num_points)) < 2:
         raise ValueError(f"`plot.loss_along` needs `num_points >= 2`, got {num_points}.")
+    if radius is not None and not float(radius) > 0:
+        raise ValueError(f"`plot.loss_along` needs a positive `radius`, got {radius}.")
     params, function = _loss_of(loss, params)
     values = np.asarray(pairs.eigenvalues, float)
+    center, slopes = map(np.asarray, _center(function, loss, params, pairs.eigenvectors))
     if radius is None:
-        height, steepest = abs(float(function(loss, params))), float(np.max(np.abs(values), initial=0))
+        height, steepest = abs(float(center)), float(np.max(np.abs(values), initial=0))
         radius = (2 * height / steepest) ** 0.5 if height > 0 and steepest > 0 else 1.0
-    if not float(radius) > 0:
-        raise ValueError(f"`plot.loss_along` needs a positive `radius`, got {radius}.")
     distances = np.linspace(-float(radius), float(radius), num_points)
-    heights, center, slopes = map(np.asarray, _heights(function, loss, params, pairs.eigenvectors, distances))
+    heights = np.asarray(_heights(function, loss, params, pairs.eigenvectors, distances))
     ax = _axes(ax, "loss_along")
     for index in reversed(range(values.size)):
         colour = _next_colour(ax)
         ax.plot(distances, heights[index], color=colour, linewidth=1.4, label=f"λ = {values[index]:.3g}")
         parabola = center + slopes[index] * distances + values[index] * distances**2 / 2
         ax.plot(distances, parabola, "--", color=colour, linewidth=0.8)
-    return _finish(ax, "distance along the eigenvector", "loss", "shown")
+    return _finish(ax, "distance along the eigenvector", "loss", True)
 
 
 def blocks(results: Mapping[str, Any] | Any, *, label: str | None = None, ax: Any = None) -> Any:
@@ -250,18 +249,20 @@ def blocks(results: Mapping[str, Any] | Any, *, label: str | None = None, ax: An
         )
     if not results:
         raise ValueError("`plot.blocks` got no blocks.")
-    rows = [(name, _numbers(name, result)) for name, result in results.items()]
+    for name, result in results.items():
+        if not isinstance(result, Eigenpairs | Estimate | _Numbers):
+            raise TypeError(
+                f"`plot.blocks` draws `Eigenpairs`, `Estimate` and arrays, got {type(result).__name__} for {name!r}."
+            )
     ax = _axes(ax, "blocks")
     colour = _next_colour(ax)
-    for row, (_, (values, errors, good)) in enumerate(rows):
-        places = np.full(values.size, row)
-        ax.errorbar(values, places, xerr=errors, fmt="none", ecolor=colour, elinewidth=1)
-        ax.plot(values[good], places[good], "o", color=colour, label=label if row == 0 else None)
-        ax.plot(values[~good], places[~good], "o", markerfacecolor="none", color=colour)
+    for row, result in enumerate(results.values()):
+        values, errors, good = _numbers(result)
+        _points(ax, values, np.full(values.size, row), good, colour, label if row == 0 else None, xerr=errors)
     ax.axvline(0, color=_SOFT, linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    return _finish(ax, "value", "", label)
+    ax.set_yticks(range(len(results)), list(results))
+    ax.set_ylim(len(results) - 0.5, -0.5)
+    return _finish(ax, "value", "", label is not None)
 
 
 def _axes(ax: Any, caller: str) -> Any:
@@ -281,23 +282,40 @@ def _next_colour(ax: Any) -> str:
     return next((colour for colour in _COLOURS if colour not in used), _COLOURS[len(ax.lines) % len(_COLOURS)])
 
 
-def _finish(ax: Any, x: str, y: str, label: str | None) -> Any:
+def _points(ax: Any, x: Any, y: Any, good: Any, colour: str, label: str | None, **errors: Any) -> None:
+    """Points with error bars, hollow where they are not good."""
+    ax.errorbar(x, y, fmt="none", ecolor=colour, elinewidth=1, capsize=2, **errors)
+    ax.plot(x[good], y[good], "o", color=colour, label=label)
+    ax.plot(x[~good], y[~good], "o", markerfacecolor="none", color=colour)
+
+
+def _finish(ax: Any, x: str, y: str, legend: bool) -> Any:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     ax.spines[["top", "right"]].set_visible(False)
-    if label is not None:
+    if legend:
         ax.legend(frameon=False)
     return ax
 
 
-def _values_of(pairs: Any, name: str, keep: bool = False) -> Float[np.ndarray, " k"]:
-    """Eigenvalues as NumPy's; those that did not converge only if `keep`."""
-    if isinstance(pairs, Eigenpairs):
-        values = np.asarray(pairs.eigenvalues, float)
-        return values if keep else values[np.asarray(pairs.converged)]
-    if not isinstance(pairs, list | tuple | np.ndarray | jax.Array):
+def _spectrum(pairs: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`_numbers` of `Eigenpairs` or of an array."""
+    if not isinstance(pairs, Eigenpairs | list | tuple | np.ndarray | jax.Array):
         raise TypeError(f"`{name}` must be `Eigenpairs` or an array of eigenvalues, got {type(pairs).__name__}.")
-    return np.asarray(pairs, float).reshape(-1)
+    return _numbers(pairs)
+
+
+def _numbers(result: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, how far they may be off, 0 where that is not known, and which of them are good."""
+    good = None
+    if isinstance(result, Eigenpairs):
+        values, errors, good = result.eigenvalues, result.error_bounds, np.asarray(result.converged)
+    elif isinstance(result, Estimate):
+        values, errors = result.value, 2 * np.asarray(result.stderr, float)
+    else:
+        values, errors = result, np.zeros(np.shape(result))
+    values, errors = (np.asarray(part, float).reshape(-1) for part in (values, errors))
+    return values, np.where(np.isfinite(errors), errors, 0), np.isfinite(values) if good is None else good
 
 
 def _trail(state: Any) -> tuple[Float[np.ndarray, "steps k"], np.ndarray]:
@@ -344,34 +362,23 @@ def _called(loss: Callable[[PyTree], Array], params: PyTree) -> Array:
 
 
 @eqx.filter_jit
+def _center(
+    function: Callable[[Any, PyTree], Array], loss: Any, params: PyTree, vectors: PyTree
+) -> tuple[Array, Float[Array, " k"]]:
+    """The loss at the parameters, and its slope along each vector."""
+    params = jtu.tree_map(jnp.asarray, params)
+    value, gradient = jax.value_and_grad(function, argnums=1)(loss, params)
+    return value, jax.vmap(inner, (None, 0))(gradient, vectors)
+
+
+@eqx.filter_jit
 def _heights(
     function: Callable[[Any, PyTree], Array], loss: Any, params: PyTree, vectors: PyTree, distances: Any
-) -> tuple[Float[Array, "k points"], Array, Float[Array, " k"]]:
-    """The loss along each vector, at the parameters themselves, and its slopes there."""
+) -> Float[Array, "k points"]:
+    """The loss along each vector."""
     params = jtu.tree_map(jnp.asarray, params)
 
-    def line(vector: PyTree) -> tuple[Array, Array]:
-        def at(distance: Array) -> Array:
-            return function(loss, jtu.tree_map(lambda p, v: (p + distance * v).astype(p.dtype), params, vector))
+    def at(vector: PyTree, distance: Array) -> Array:
+        return function(loss, jtu.tree_map(lambda p, v: (p + distance * v).astype(p.dtype), params, vector))
 
-        return lax.map(at, jnp.asarray(distances)), jax.jvp(at, (jnp.zeros(()),), (jnp.ones(()),))[1]
-
-    heights, slopes = lax.map(line, vectors)
-    return heights, function(loss, params), slopes
-
-
-def _numbers(name: str, result: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A block's values, their errors, and which of them are good."""
-    if isinstance(result, Eigenpairs):
-        values, errors = np.asarray(result.eigenvalues, float), np.asarray(result.error_bounds, float)
-        return values, np.where(np.isfinite(errors), errors, 0), np.asarray(result.converged)
-    if isinstance(result, Estimate):
-        value, errors = result.value, 2 * np.asarray(result.stderr, float).reshape(-1)
-    elif isinstance(result, float | int | list | tuple | np.ndarray | jax.Array):
-        value, errors = result, np.zeros(np.size(result))
-    else:
-        raise TypeError(
-            f"`plot.blocks` draws `Eigenpairs`, `Estimate` and arrays, got {type(result).__name__} for {name!r}."
-        )
-    values = np.asarray(value, float).reshape(-1)
-    return values, np.where(np.isfinite(errors), errors, 0), np.isfinite(values)
+    return lax.map(lambda vector: lax.map(partial(at, vector), jnp.asarray(distances)), vectors)

@@ -32,19 +32,27 @@ def channel_last(function: Callable[..., PyTree[Array]]) -> Callable[..., PyTree
     """
 
     def traced(*args: PyTree[Array]) -> PyTree[Array]:
-        # Without `jit` a function may look at its values, which tracing forbids.
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] jax adds its options at run time
-            return function(*args)
-        program, treedef = channel_last_program(function, *args)
-        return treedef.unflatten(jax.core.eval_jaxpr(program.jaxpr, program.consts, *jtu.tree_leaves(args)))
+        return channel_last_program(function, *args)[1](*args) if may_trace() else function(*args)
 
     return traced
 
 
-def channel_last_program(function: Callable[..., PyTree[Array]], *args: PyTree) -> tuple[ClosedJaxpr, Any]:
-    """The program of such a function for arguments of the given shapes, and the structure of its result."""
+def may_trace() -> bool:
+    """Not without `jit`: a function may then look at its values, which tracing forbids."""
+    return not jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue] jax adds its options at run time
+
+
+def channel_last_program(
+    function: Callable[..., PyTree[Array]], *args: PyTree
+) -> tuple[ClosedJaxpr, Callable[..., PyTree[Array]]]:
+    """The program of such a function for arguments of the given shapes, and a function that runs it."""
     program, result = jax.make_jaxpr(function, return_shape=True)(*args)
-    return program.replace(jaxpr=_rewrite(program.jaxpr, {})), jtu.tree_structure(result)
+    program, treedef = program.replace(jaxpr=_rewrite(program.jaxpr, {})), jtu.tree_structure(result)
+
+    def run(*args: PyTree[Array]) -> PyTree[Array]:
+        return treedef.unflatten(jax.core.eval_jaxpr(program.jaxpr, program.consts, *jtu.tree_leaves(args)))
+
+    return program, run
 
 
 def _rewrite(jaxpr: Jaxpr, known: dict[Jaxpr, Jaxpr]) -> Jaxpr:
