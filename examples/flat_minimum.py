@@ -1,14 +1,17 @@
 """Training towards flat minima: the gradient of the sharpness itself, through `hj.eigsh`.
 
 You will see two runs of the same network. One descends the loss, the other the loss plus a thousandth of the Hessian's
-largest eigenvalue. They end at nearly the same loss, the second much flatter. Takes about 30 s on two cores.
+largest eigenvalue. They end at nearly the same loss, the second much flatter; the picture is saved beside this file.
+Takes about 30 s on two cores.
 """
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -66,10 +69,15 @@ def main() -> None:
     x, y = jnp.asarray(x, jnp.float32), jnp.eye(10)[digits.target[:500]]
     params = init(jax.random.key(0))
     plain, flat = (np.asarray(train(params, jnp.asarray(penalty), x, y)) for penalty in (0.0, 0.001))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for name, (values, tops) in {"the loss alone": plain, "with the penalty": flat}.items():
         print(name)
         for at in [*range(0, STEPS, 50), STEPS - 1]:
             print(f"  step {at:4d}  loss {values[at]:.4f}  sharpness {tops[at]:5.2f}  {'█' * round(6 * tops[at])}")
+        left.semilogy(values)
+        hj.plot.tracking(tops, label=name, ax=right)
+    left.set(xlabel="step", ylabel="loss")
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
     same = np.argmax(plain[0] <= flat[0, -1])  # where the plain run passed the loss at which the other one ended
     print(f"at the loss {flat[0, -1]:.4f}: sharpness {flat[1, -1]:.2f} with the penalty, {plain[1, same]:.2f} without")
     assert flat[0, -1] < 1.2 * plain[0, -1] < 0.02 * plain[0, 0]

@@ -1,14 +1,17 @@
 """The whole spectrum of a network's Hessian: its density, counts and trace, each beside the exact value.
 
 You will see what 800 products tell of 1,210 eigenvalues: how many are large and how many negative, the trace with and
-without the outliers deflated, and how far the density is from the exact one. Takes about 40 s on two cores.
+without the outliers deflated, and how far the density is from the exact one. The picture is saved beside this file.
+Takes about 40 s on two cores.
 """
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
@@ -67,6 +70,10 @@ def main() -> None:
     for name, (estimate, truth) in rows.items():
         print(f"{name:34} {float(estimate):10.4f} ± {float(estimate.stderr):.2g}   exactly {truth:.4f}")
         assert abs(float(estimate) - truth) < 5 * float(estimate.stderr) + 1e-3 * abs(truth)
+    figure, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    hj.plot.density(plain, label="800 products", ax=ax)
+    hj.plot.density(deflated, label="the same and 9 outliers", eigenvalues=exact, ax=ax)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)
     grid = np.linspace(exact[0], exact[-1], 4001)
     exact_cdf = np.searchsorted(exact, grid, side="right") / exact.size
     distance = np.trapezoid(np.abs(np.asarray(deflated.cdf(grid)) - exact_cdf), grid)
