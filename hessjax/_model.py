@@ -34,7 +34,7 @@ class Model(eqx.Module):
         data: `(inputs, targets)`, pytrees of arrays with the examples on the leading axis. Nested lists as above.
         forward: `forward(params, x)` on one example, or on a batch if `batched`.
         loss: `loss(output, target)` on one example, a scalar; the functions of `optax.losses` fit.
-        batched: whether `forward` takes a batch.
+        batched: whether `forward` takes a batch; `forward_one` never does.
 
     Raises:
         TypeError: a parameter is not a floating-point array; the message names its path.
@@ -84,6 +84,11 @@ class Model(eqx.Module):
     def num_examples(self) -> int:
         """The length of the data's leading axis."""
         return count_examples(self.data)
+
+    @property
+    def forward_one(self) -> Function:
+        """`forward(params, x)` on one example, as `hj.ntk`, `hj.fisher` and their like take it."""
+        return as_function(_OneExample(self.forward)) if self.batched else self.forward
 
     def outputs(self) -> PyTree[Array]:
         """The outputs on all inputs, the examples on the leading axis."""
@@ -151,6 +156,15 @@ class Model(eqx.Module):
             _compare("loss", self.params, self.loss_value(), loss, rtol)
         if gradient is not None:
             _compare("gradient", self.params, self.gradient(), _join_lists(gradient, "gradient"), rtol)
+
+
+class _OneExample(eqx.Module):
+    """A forward that takes a batch, on one example."""
+
+    forward: Function
+
+    def __call__(self, params: PyTree, x: PyTree) -> PyTree:
+        return jtu.tree_map(lambda out: out[0], self.forward(params, jtu.tree_map(lambda leaf: leaf[None], x)))
 
 
 class _MeanLoss(eqx.Module):

@@ -44,6 +44,19 @@ def test_batched_forward_is_equal(x64):
     np.testing.assert_allclose(single.loss_value(), batch.loss_value(), rtol=1e-13)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_forward_one_takes_one_example(batched, x64):
+    single = digits_model(mlp_params(jax.random.key(0)), 12)
+    model = hj.Model(single.params, single.data, mlp, cross_entropy, batched=True) if batched else single
+    one = model.forward_one(model.params, model.data[0][3])
+    np.testing.assert_allclose(one, single.outputs()[3], atol=1e-13)
+    kernel = hj.ntk(model.forward_one)(model.params, model.data[0])
+    jacobian = jax.jacobian(lambda p: single.forward(p, model.data[0][3])[2])(model.params)
+    expected = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jacobian))
+    entry = jnp.zeros((12, 10)).at[3, 2].set(1.0)
+    np.testing.assert_allclose(jnp.vdot(entry, kernel(entry)), expected, rtol=1e-10)
+
+
 def test_a_model_is_an_argument_of_jit():
     model = hj.Model(PARAMS, DATA, linear, squared)
     loss = jax.jit(lambda params, data: hj.Model(params, data, linear, squared).loss_value())
