@@ -116,3 +116,10 @@ def check_key(key: Any, caller: str) -> None:
     raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == "uint32"
     if key is not None and not typed and not raw:
         raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got {key!r}.")
+
+
+def needs_key(key: Any, caller: str) -> None:
+    """Raises TypeError unless `key` is a JAX random key."""
+    check_key(key, caller)
+    if key is None:
+        raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got None.")

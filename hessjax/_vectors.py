@@ -115,12 +115,17 @@ def stacked(
     return jtu.tree_map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
+def or_one(x: Array) -> Array:
+    """x, and 1 where it is not positive: a unit to divide by."""
+    return jnp.where(x > 0, x, 1)
+
+
 def norm(x: PyTree) -> Scalar:
     """‖x‖₂, safe from overflow and underflow at any scale of x."""
     dtype = scalar_dtype(x)
     peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jtu.tree_leaves(x)]
     peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
-    unit = jnp.where(peak > 0, peak, 1)
+    unit = or_one(peak)
     squares = [jnp.sum(jnp.square(leaf.astype(dtype) / unit)) for leaf in jtu.tree_leaves(x)]
     return unit * jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hessjax._function import as_integer
+from hessjax._vectors import or_one
 from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread
 
@@ -204,7 +205,7 @@ class Density(eqx.Module):
         width = (high - low) / self.nodes.shape[1]
         peak = jnp.maximum(jnp.abs(low), jnp.abs(high))
         # A spectrum of one point has no range: a hundredth of its distance from 0, or of 1.
-        return jnp.where(width > 16 * jnp.finfo(width.dtype).eps * peak, width, jnp.where(peak > 0, peak, 1) / 100)
+        return jnp.where(width > 16 * jnp.finfo(width.dtype).eps * peak, width, or_one(peak) / 100)
 
     def _per_probe(self, function: Callable[..., Array]) -> Estimate:
         """The mean of a function of every probe's rule, one probe at a time."""

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer
-from hessjax._vectors import combine, gram, structure_of
-from hessjax.estimate._door import needs_entries, needs_key, refuse_method
+from hessjax._function import as_integer, needs_key
+from hessjax._vectors import combine, gram, or_one, structure_of
+from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import exact_diagonal
 from hessjax.estimate._probes import BATCH, products, signs
 from hessjax.estimate._result import Estimate, average, exactly
@@ -197,7 +197,7 @@ class _Moments(eqx.Module):
             middle = jnp.sum(jnp.where(used, leaf, 0), axis=0) / new
             centred = jnp.where(used, leaf - middle, 0)
             peak = jnp.max(jnp.abs(centred), axis=0)
-            unit = jnp.where(peak > 0, peak, 1)
+            unit = or_one(peak)
             inside = unit * jnp.sqrt(jnp.sum((centred / unit) ** 2, axis=0))
             shift = middle - mean
             between = jnp.abs(shift) * jnp.sqrt(self.count * new / total)

@@ -3,15 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from hessjax._function import as_integer, check_key
+from hessjax._function import as_integer
 from hessjax.operators._operator import Operator
-
-
-def needs_key(key: Any, caller: str) -> None:
-    """Raises TypeError unless a key came."""
-    check_key(key, caller)
-    if key is None:
-        raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got None.")
 
 
 def needs_entries(op: Operator, caller: str) -> None:

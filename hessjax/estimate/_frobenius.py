@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer
-from hessjax._vectors import gram, inner, norm
-from hessjax.estimate._door import needs_entries, needs_key
+from hessjax._function import as_integer, needs_key
+from hessjax._vectors import gram, inner, norm, or_one
+from hessjax.estimate._door import needs_entries
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
 from hessjax.estimate._probes import on_long_sphere
@@ -82,7 +82,7 @@ def _root_of_square(s: Sketch) -> Estimate:
     forms = jax.vmap(lambda image: inner(image, image))(s.images)
     cross = 2 * gram(s.basis_images, s.images)
     square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * forms.size)
-    root = jnp.sqrt(jnp.where(square.value > 0, square.value, 1))
+    root = jnp.sqrt(or_one(square.value))
     value = jnp.where(square.value > 0, root, 0)
     return Estimate(s.unit * value, lax.stop_gradient(s.unit * square.stderr / (2 * root)), square.num_matvecs)
 

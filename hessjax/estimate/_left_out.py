@@ -33,19 +33,18 @@ def from_left_out(
     crossed, curved = matmul(out.T, cross), matmul(out.T, matmul(core, w))
     bent, angle = matmul(out.T, matmul(core, out)), matmul(out.T, out)
     lengths, gone = s.lengths, s.removed
-    whole = jnp.trace(core)
-    own = jnp.diagonal
+    whole, bent_own, seen_own = jnp.trace(core), jnp.diagonal(bent), jnp.diagonal(seen)
     base = forms - jnp.sum(w * cross, axis=0) + jnp.sum(w * matmul(core, w), axis=0)
     base_length = lengths - jnp.sum(w**2, axis=0)
 
     def estimates(a: Array, b: Array, first: Array, second: Array) -> Array:
         """With the directions i (rows) and j (columns) out of the span, weighted a and b in the projection of ωⱼ."""
-        bending = a**2 * own(bent)[:, None] + b**2 * own(bent) + 2 * a * b * bent
-        change = a * (crossed - 2 * curved) + b * own(crossed - 2 * curved) + bending
-        length = base_length + a * seen + b * own(seen)
+        bending = a**2 * bent_own[:, None] + b**2 * bent_own + 2 * a * b * bent
+        change = a * (crossed - 2 * curved) + b * jnp.diagonal(crossed - 2 * curved) + bending
+        length = base_length + a * seen + b * seen_own
         return whole - first + (s.size - s.rank + second) * (base + change) / length
 
-    alone = own(estimates(jnp.zeros_like(seen), jnp.broadcast_to(own(seen), seen.shape), own(bent), gone))
+    alone = jnp.diagonal(estimates(jnp.zeros_like(seen), jnp.broadcast_to(seen_own, seen.shape), bent_own, gone))
     value = jnp.mean(alone)
     k = alone.size
     if k == 1:
@@ -54,10 +53,10 @@ def from_left_out(
     # Parallel directions are one: they lie where no image does.
     apart = determinant > 64 * jnp.finfo(angle.dtype).eps
     safe = jnp.where(apart, determinant, 1)
-    a = jnp.where(apart, (seen - angle * own(seen)) / safe, 0)
-    b = jnp.where(apart, (own(seen) - angle * seen) / safe, own(seen))
-    pair = (own(bent)[:, None] + own(bent) - 2 * angle * bent) / safe
-    first = jnp.where(apart, pair, own(bent))
+    a = jnp.where(apart, (seen - angle * seen_own) / safe, 0)
+    b = jnp.where(apart, (seen_own - angle * seen) / safe, seen_own)
+    pair = (bent_own[:, None] + bent_own - 2 * angle * bent) / safe
+    first = jnp.where(apart, pair, bent_own)
     second = jnp.where(apart, gone[:, None] + gone, gone)
     return Estimate(value, jackknife(alone, estimates(a, b, first, second)), jnp.asarray(num_matvecs, jnp.int32))
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from hessjax._vectors import or_one
+
 
 def extents(nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"]) -> tuple[Array, Array]:
     """How far below and above its node each weight is spread: to the neighbour, or the radius if that is less.
@@ -27,8 +29,8 @@ def extents(nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float
     # Nodes without weight repeat the last: they do not count as neighbours, their distance is zero.
     gaps = jnp.diff(nodes)
     left, right = weights[:-1], weights[1:]
-    upward = gaps * jnp.minimum(1, right / jnp.where(left > 0, left, 1))
-    downward = gaps * jnp.minimum(1, left / jnp.where(right > 0, right, 1))
+    upward = gaps * jnp.minimum(1, right / or_one(left))
+    downward = gaps * jnp.minimum(1, left / or_one(right))
     below = jnp.minimum(radii, jnp.concatenate([none, downward]))
     above = jnp.minimum(radii, jnp.concatenate([upward, none]))
     return jnp.where(live, below, 0), jnp.where(live, above, 0)
@@ -45,7 +47,7 @@ def mass_up_to(
     distance = x[..., None] - nodes
 
     def share(end: Array, extent: Array) -> Array:
-        inside = jnp.clip((distance + end) / jnp.where(extent > 0, extent, 1), 0, 1)
+        inside = jnp.clip((distance + end) / or_one(extent), 0, 1)
         return jnp.where(extent > 0, inside, distance >= 0)
 
     halves = share(below, below) + share(jnp.zeros_like(above), above)

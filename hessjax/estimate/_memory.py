@@ -3,7 +3,7 @@
 import jax.tree_util as jtu
 
 from hessjax._vectors import size_of
-from hessjax.krylov._memory import _device_memory
+from hessjax.krylov._memory import device_memory
 from hessjax.operators._operator import Operator
 
 _SHARE = 8  # by default the bases may take an eighth of the device's memory
@@ -15,5 +15,5 @@ def probes_together(op: Operator, num_probes: int, num_steps: int, batch: int | 
     if batch is not None:
         return min(batch, num_probes)
     vector = sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(op.structure))
-    vectors = _device_memory() // _SHARE // vector - beside
+    vectors = device_memory() // _SHARE // vector - beside
     return max(1, min(num_probes, vectors // (num_steps + _WORKING)))

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import combine, epsilon, gram, inner, matmul, size_of, stacked, structure_of
+from hessjax._vectors import combine, epsilon, gram, inner, matmul, or_one, size_of, stacked, structure_of
 from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import on_long_sphere, products
 from hessjax.estimate._result import Estimate, average, scaled
@@ -45,7 +45,7 @@ def xnystrace(data: Images) -> Estimate:
     unit = lax.stop_gradient(largest(images))
     images = jtu.tree_map(lambda leaf: (leaf / unit).astype(leaf.dtype), images)
     size = jnp.sqrt(jnp.sum(jax.vmap(inner)(images, images)) / n)
-    shift = lax.stop_gradient(4 * epsilon(structure) * jnp.where(size > 0, size, 1))
+    shift = lax.stop_gradient(4 * epsilon(structure) * or_one(size))
     unit = jnp.where(size > 0, unit, 0)  # A = 0: the shift alone would leave its rounding
     images = jtu.tree_map(lambda y, w: (y + shift * w).astype(y.dtype), images, probes)
     middle = gram(probes, images)
@@ -55,14 +55,14 @@ def xnystrace(data: Images) -> Estimate:
     squares = gram(root, root)
     whole, bent = jnp.trace(squares), matmul(inverse.T, matmul(squares, inverse))
     angle, others = matmul(inverse.T, inverse), jnp.linalg.inv(gram(probes, probes))
-    own, pivots, rest = jnp.diagonal, jnp.diagonal(angle), jnp.diagonal(others)
+    bent_own, pivots, rest = jnp.diagonal(bent), jnp.diagonal(angle), jnp.diagonal(others)
     # What a probe has outside the span of the others is scaled to the length that it has on average.
-    alone = whole - own(bent) / pivots + (n - k + 1) * rest / pivots - n * shift
+    alone = whole - bent_own / pivots + (n - k + 1) * rest / pivots - n * shift
     if k == 1:
         return scaled(average(alone, k), unit)
     # And the same without probe i (rows) when j (columns) is left out.
     determinant = jnp.where(jnp.eye(k, dtype=bool), 1, pivots[:, None] * pivots - angle**2)
-    taken = (own(bent)[:, None] * pivots + own(bent) * pivots[:, None] - 2 * angle * bent) / determinant
+    taken = (bent_own[:, None] * pivots + bent_own * pivots[:, None] - 2 * angle * bent) / determinant
     ratio = (rest - others**2 / rest[:, None]) / (determinant / pivots[:, None])
     pairs = whole - taken + (n - k + 2) * ratio - n * shift
     return scaled(Estimate(jnp.mean(alone), jackknife(alone, pairs), jnp.asarray(k, jnp.int32)), unit)

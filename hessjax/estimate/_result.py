@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
+from hessjax._vectors import or_one
+
 
 class Estimate(eqx.Module):
     """A random estimate.
@@ -58,7 +60,7 @@ def spread(samples: Float[Array, "count ..."], divisor: float | int) -> Float[Ar
         return jnp.full(samples.shape[1:], jnp.inf, samples.dtype)
     deviation = samples - jnp.mean(samples, axis=0)
     peak = jnp.max(jnp.abs(deviation), axis=0)
-    unit = jnp.where(peak > 0, peak, 1)  # so that squares neither overflow nor vanish
+    unit = or_one(peak)  # so that squares neither overflow nor vanish
     return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding_of(samples))
 
 

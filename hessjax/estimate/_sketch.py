@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import divide, epsilon, gram, inner, norm, scalar_dtype, stacked, structure_of
+from hessjax._vectors import divide, epsilon, gram, inner, norm, or_one, scalar_dtype, stacked, structure_of
 from hessjax.estimate._probes import products
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator
@@ -111,7 +111,7 @@ def largest(block: PyTree) -> Float[Array, ""]:
     """The largest magnitude among all entries, and 1 if that is 0."""
     peaks = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jtu.tree_leaves(block)]
     peak = jnp.max(jnp.stack([peak.astype(scalar_dtype(block)) for peak in peaks]))
-    return jnp.where(peak > 0, peak, 1)
+    return or_one(peak)
 
 
 def minus(x: Block, y: Block) -> Block:
@@ -149,7 +149,7 @@ def _left_out(triangle: Float[Array, "k k"], alive: Array, eps: float) -> Float[
     """S, from R. A zero row of Q gets a small diagonal entry in R: its direction then leaves the span as it is."""
     k = triangle.shape[0]
     scale = jnp.max(jnp.abs(triangle))
-    triangle = jnp.triu(triangle) / jnp.where(scale > 0, scale, 1)
+    triangle = jnp.triu(triangle) / or_one(scale)
     diagonal = jnp.diagonal(triangle)
     floor = jnp.asarray(eps, triangle.dtype)
     safe = jnp.where(alive & (jnp.abs(diagonal) > floor), diagonal, floor)

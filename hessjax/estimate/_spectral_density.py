@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from hessjax._function import needs_key
 from hessjax._vectors import as_vector, matmul, scalar_dtype
 from hessjax.estimate._density import Density
-from hessjax.estimate._door import at_least, needs_entries, needs_key, refuse_method
+from hessjax.estimate._door import at_least, needs_entries, refuse_method
 from hessjax.estimate._kernel_polynomial import bound_steps, chebyshev_rules
 from hessjax.estimate._measure import extents
 from hessjax.estimate._memory import probes_together

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hessjax._vectors import or_one
 from hessjax.estimate._density import Density
 from hessjax.estimate._result import Estimate, scaled
 
@@ -69,7 +70,7 @@ def spectral_entropy(density: Density) -> Estimate:
 
     def surprise(x: Array) -> Array:
         y = size(x)
-        return y * jnp.log(jnp.where(y > 0, y, 1))
+        return y * jnp.log(or_one(y))
 
     def entropy(mass: Array, weighted: Array) -> Array:
         return jnp.log(density.size * mass) - weighted / mass
@@ -81,4 +82,4 @@ def _peak(density: Density) -> Array:
     """The largest |node|, 1 if all are 0."""
     low, high = density.ends
     peak = jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return jnp.where(peak > 0, peak, 1)
+    return or_one(peak)

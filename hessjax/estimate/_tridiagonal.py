@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from hessjax._vectors import contract, divide, epsilon, inner, norm, scalar_dtype, subtract
+from hessjax._vectors import contract, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import sequential_eigh
 from hessjax.operators._operator import Operator, multiply_each
@@ -145,7 +145,7 @@ def tridiagonal_eigh(
     live = jnp.arange(diagonal.size) < count
     dense = jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
     peak = jnp.max(jnp.abs(dense))
-    unit = jnp.where(peak > 0, peak, 1)
+    unit = or_one(peak)
     # No row of T / unit sums to more than 3, so 4 sorts behind every eigenvalue.
     values, vectors = sequential_eigh(dense / unit + jnp.diag(jnp.where(live, 0, jnp.asarray(4, dense.dtype))))
     last = jnp.where(count > 0, values[jnp.maximum(count - 1, 0)], 0)

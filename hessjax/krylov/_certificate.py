@@ -54,8 +54,8 @@ def start_suffices(ritz: Ritz, frontier: Bool[Array, " rows"], thresholds: Float
     coupling = jnp.sum(jnp.where(frontier[:, None], ritz.couplings, 0), axis=0)
 
     def proves(x: Scalar) -> Array:
-        weights = jnp.where(ritz.live, coupling / _nonzero(x - ritz.values), 0)
-        kernel = matmul(ritz.vectors, weights / _nonzero(jnp.max(jnp.abs(weights))))
+        weights = jnp.where(ritz.live, coupling / _off_zero(x - ritz.values), 0)
+        kernel = matmul(ritz.vectors, weights / _off_zero(jnp.max(jnp.abs(weights))))
         return limit * jnp.square(kernel[0]) <= jnp.sum(jnp.square(kernel))
 
     return jnp.all(jnp.stack([~jnp.isfinite(x) | proves(x) for x in thresholds]))
@@ -138,7 +138,7 @@ class Probe(eqx.Module):
     def lift(self, ritz: Ritz) -> Float[Array, " rows"]:
         """The coefficients D Fᵀz_j on the frontier rows, by which S z_j exceeds the projected A z_j."""
         distance = self.points[self.side] - ritz.values
-        weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _nonzero(distance), 0)
+        weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _off_zero(distance), 0)
         return jnp.where(self.active, matmul(ritz.couplings, weights), 0)
 
     def recur(
@@ -187,12 +187,12 @@ class Probe(eqx.Module):
         beta = jnp.where(beta <= 8 * eps * jnp.hypot(alpha, self.beta), 0, beta)
         # p_(j+1) before its division by beta: its sign is that of the last Sturm ratio.
         value = signs * (self.points - alpha) * self.polynomial - self.beta * self.previous
-        polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _nonzero(beta))
+        polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _off_zero(beta))
         mass = self.mass + jnp.square(polynomial)
         beyond = self.beyond | ~(value > 0)
         alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
         weight = alternate * self.polynomial[self.side]
-        following = (overlap - rest * self.overlap) / _nonzero(beta)
+        following = (overlap - rest * self.overlap) / _off_zero(beta)
         probe = dataclasses.replace(
             self,
             proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),
@@ -209,7 +209,7 @@ class Probe(eqx.Module):
         return probe, divide(image, beta)
 
 
-def _nonzero(x: Array) -> Array:
+def _off_zero(x: Array) -> Array:
     """x, kept away from zero by the smallest normal number."""
     tiny = jnp.finfo(x.dtype).tiny
     return jnp.where(jnp.abs(x) < tiny, jnp.where(x < 0, -tiny, tiny), x)
@@ -217,5 +217,5 @@ def _nonzero(x: Array) -> Array:
 
 def _self_energy(ritz: Ritz, x: Scalar) -> Float[Array, "rows rows"]:
     """D = C (x - H)⁻¹ Cᵀ on the frontier rows."""
-    weights = jnp.where(ritz.live, 1 / _nonzero(x - ritz.values), 0)
+    weights = jnp.where(ritz.live, 1 / _off_zero(x - ritz.values), 0)
     return matmul(ritz.couplings * weights, ritz.couplings.T)

@@ -2,7 +2,10 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+from hessjax._vectors import or_one
 
 
 class Eigenpairs(eqx.Module):
@@ -65,4 +68,25 @@ class Eigenpairs(eqx.Module):
         return jnp.where(self.isolation > self.residuals, jnp.arcsin(self._sines()), jnp.pi / 2)
 
     def _sines(self) -> Float[Array, " k"]:
-        return jnp.minimum(self.residuals / jnp.where(self.isolation > 0, self.isolation, 1), 1)
+        return jnp.minimum(self.residuals / or_one(self.isolation), 1)
+
+
+def fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k ..."]]:
+    """Makes the entry of largest magnitude of every vector positive."""
+    leaves, treedef = jtu.tree_flatten(vectors)
+    peaks, signs = [], []
+    for leaf in leaves:
+        if leaf.size == 0:
+            continue
+        flat = leaf.reshape(leaf.shape[0], -1)
+        # The first of the largest entries, as `argmax` finds it; that is a slow loop on a CPU, these are fast ones.
+        largest = jnp.abs(flat) == jnp.max(jnp.abs(flat), axis=1, keepdims=True)
+        at = jnp.min(jnp.where(largest, jnp.arange(flat.shape[1]), flat.shape[1] - 1), axis=1)
+        value = jnp.take_along_axis(flat, at[:, None], axis=1)[:, 0]
+        peaks.append(jnp.abs(value))
+        signs.append(jnp.where(value < 0, -1, 1))
+    best = jnp.argmax(jnp.stack(peaks), axis=0)
+    sign = jnp.take_along_axis(jnp.stack(signs), best[None], axis=0)[0]
+    return treedef.unflatten(
+        [(leaf * sign.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)).astype(leaf.dtype) for leaf in leaves]
+    )

@@ -18,7 +18,7 @@ from hessjax._vectors import as_vector, draw, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._derivative import differentiable
-from hessjax.krylov._eigenpairs import Eigenpairs
+from hessjax.krylov._eigenpairs import Eigenpairs, fix_signs
 from hessjax.krylov._interior import nearest_eigenpairs
 from hessjax.krylov._memory import default_ncv, storage_name
 from hessjax.krylov._noise import NOISE_PRODUCTS, product_noise
@@ -195,7 +195,7 @@ def _solve(
     tol, sigma = lax.stop_gradient((tol, sigma))
     if plan is None:
         pairs = dense_eigenpairs(fixed, which, sigma, k, tol)
-        vectors = _fix_signs(pairs.eigenvectors)
+        vectors = fix_signs(pairs.eigenvectors)
     else:
         key = jax.random.key(0) if key is None else key
         packed = Packed(fixed, packing)
@@ -211,7 +211,7 @@ def _solve(
         else:
             iteration = Iteration(packed, plan, tol, key, floor)
             pairs = _finish(iteration, *iteration.run(block, spent))
-        vectors = packing.unpack(_fix_signs(pairs.eigenvectors), batch=1)
+        vectors = packing.unpack(fix_signs(pairs.eigenvectors), batch=1)
     values = differentiable(op, pairs.eigenvalues, vectors)
     return dataclasses.replace(pairs, eigenvalues=values, eigenvectors=vectors if return_eigenvectors else None)
 
@@ -238,25 +238,4 @@ def _finish(iteration: Iteration, basis: Basis, state: State) -> Eigenpairs:
         jnp.where(certified, apart, 0),
         iteration.noise(state),
         state.num_matvecs,
-    )
-
-
-def _fix_signs(vectors: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, "k ..."]]:
-    """Makes the entry of largest magnitude of every vector positive."""
-    leaves, treedef = jtu.tree_flatten(vectors)
-    peaks, signs = [], []
-    for leaf in leaves:
-        if leaf.size == 0:
-            continue
-        flat = leaf.reshape(leaf.shape[0], -1)
-        # The first of the largest entries, as `argmax` finds it; that is a slow loop on a CPU, these are fast ones.
-        largest = jnp.abs(flat) == jnp.max(jnp.abs(flat), axis=1, keepdims=True)
-        at = jnp.min(jnp.where(largest, jnp.arange(flat.shape[1]), flat.shape[1] - 1), axis=1)
-        value = jnp.take_along_axis(flat, at[:, None], axis=1)[:, 0]
-        peaks.append(jnp.abs(value))
-        signs.append(jnp.where(value < 0, -1, 1))
-    best = jnp.argmax(jnp.stack(peaks), axis=0)
-    sign = jnp.take_along_axis(jnp.stack(signs), best[None], axis=0)[0]
-    return treedef.unflatten(
-        [(leaf * sign.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)).astype(leaf.dtype) for leaf in leaves]
     )

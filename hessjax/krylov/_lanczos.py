@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._function import as_integer, check_key
-from hessjax._vectors import as_vector, divide, draw, epsilon, norm, scalar_dtype
+from hessjax._vectors import as_vector, divide, draw, epsilon, norm, or_one, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import eigh
 from hessjax.operators._operator import Operator, as_operator
@@ -50,7 +50,7 @@ class Lanczos(eqx.Module):
         live = jnp.arange(count) < self.steps
         matrix = jnp.diag(self.diagonal) + jnp.diag(self.off_diagonal, 1) + jnp.diag(self.off_diagonal, -1)
         peak = jnp.max(jnp.abs(matrix))
-        unit = jnp.where(peak > 0, peak, 1)
+        unit = or_one(peak)
         # At most three entries of a row are nonzero and none exceeds 1, so 4 sorts behind every Ritz value.
         matrix = jnp.where(live[:, None] & live[None, :], matrix / unit, 0) + jnp.diag(jnp.where(live, 0.0, 4.0))
         values, vectors = eigh(matrix.astype(self.diagonal.dtype))

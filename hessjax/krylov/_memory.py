@@ -94,7 +94,7 @@ def default_ncv(
         free = _FREE // max(_vector_bytes(structure, storage), 1) - k
         spare = min(max(free, k + 20, 4 * k), _SPARE)
     least, most = min(n, max(2 * k + 1, 20)), min(n, max(2 * k + 1, 20, k + spare))
-    budget = _device_memory() // _SHARE if limit is None else limit
+    budget = device_memory() // _SHARE if limit is None else limit
     choices = range(least, most + 1)
     fitting = bisect.bisect_right(choices, budget, key=lambda ncv: _bytes(structure, k, ncv, storage))
     if limit is not None and fitting == 0:
@@ -139,7 +139,7 @@ def _vector_bytes(structure: PyTree[jax.ShapeDtypeStruct], storage: str | None) 
     return sum(size_of(leaf) * leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure))
 
 
-def _device_memory() -> int:
+def device_memory() -> int:
     """Bytes of memory that the default device has, or the host for a CPU."""
     stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Scalar
 
-from hessjax._vectors import matmul
+from hessjax._vectors import matmul, or_one
 from hessjax.krylov._eigh import eigh
 
 # Leading sizes that a projected problem is solved at. Up to 62 rows OpenBLAS, the CPU's LAPACK, runs `eigh` on one
@@ -60,7 +60,7 @@ class Ritz(eqx.Module):
 
 def _column_norms(matrix: Array) -> Array:
     peak = jnp.max(jnp.abs(matrix), initial=0)
-    unit = jnp.where(peak > 0, peak, 1)
+    unit = or_one(peak)
     return unit * jnp.sqrt(jnp.sum(jnp.square(matrix / unit), axis=0))
 
 
@@ -81,7 +81,7 @@ def _rayleigh_ritz(
     rows = expanded.size
     inside = jnp.where(expanded[:, None] & expanded[None, :], projected, 0)
     peak = jnp.max(jnp.abs(inside))
-    unit = jnp.where(peak > 0, peak, 1)
+    unit = or_one(peak)
     inside = inside / unit
     # Rows that are not expanded sort behind those that are: above every eigenvalue, yet of the matrix's own scale.
     beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))

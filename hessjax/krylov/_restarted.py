@@ -34,7 +34,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, matmul, norm, scalar_dtype, select
+from hessjax._vectors import divide, draw, epsilon, matmul, norm, or_one, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -219,7 +219,7 @@ class Iteration(eqx.Module):
         column = jnp.where(state.expanded, known, jnp.where(state.live, coefficients, 0))
         column = column.at[state.count].set(jnp.where(grows, left, 0))
         column = jnp.where(expanding, column, known)
-        surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / _nonzero(scale), 0)
+        surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / or_one(scale), 0)
         # An inner product of n terms is summed in blocks of about √n: its rounding walks n^¼ steps at random.
         surprise = jnp.maximum(surprise - max(8.0, self.op.size**0.25) * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
@@ -326,7 +326,7 @@ class Iteration(eqx.Module):
     ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
         """A probe starts from the direction; otherwise it becomes a frontier row, to be expanded next."""
         overlap = jnp.where(state.frontier, coefficients, 0)
-        probe = dataclasses.replace(state.probe, overlap=overlap / _nonzero(left))
+        probe = dataclasses.replace(state.probe, overlap=overlap / or_one(left))
         within = jnp.sum(jnp.square(overlap))
         # A suspect that lies mostly in the frontier asks for that row to be expanded, not for a new one.
         known = within > jnp.square(left)
@@ -352,7 +352,7 @@ class Iteration(eqx.Module):
 
         While digging the newest row goes first: one long Krylov space says more than several short ones.
         """
-        couplings = jnp.where(verdict.unsettled, state.ritz.couplings[:, verdict.wanted], 0) / _nonzero(state.scale)
+        couplings = jnp.where(verdict.unsettled, state.ritz.couplings[:, verdict.wanted], 0) / or_one(state.scale)
         weight = jnp.where(state.digging, jnp.arange(state.frontier.size), jnp.sum(jnp.square(couplings), axis=1))
         return jnp.where(state.frontier, weight, -1)
 
@@ -394,7 +394,3 @@ class Iteration(eqx.Module):
             restarts=state.restarts + 1,
         )
         return compressed, transform
-
-
-def _nonzero(x: Array) -> Array:
-    return jnp.where(x == 0, 1, x)

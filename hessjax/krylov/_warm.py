@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import divide, draw, matmul, norm, select
 from hessjax.krylov._basis import Basis
-from hessjax.krylov._eigsh import _fix_signs
+from hessjax.krylov._eigenpairs import fix_signs
 from hessjax.krylov._low_rank import LowRank, start_rows
 from hessjax.krylov._projected import Ritz, Verdict, preference, refresh
 from hessjax.krylov._restarted import Iteration
@@ -262,7 +262,7 @@ def warm_eigenpairs(
     return WarmPairs(
         jnp.where(held, state.ritz.values[verdict.wanted], jnp.nan),
         jnp.where(held, verdict.residuals, jnp.inf),
-        packing.unpack(select(finite, _fix_signs(vectors), jtu.tree_map(jnp.zeros_like, vectors)), batch=1),
+        packing.unpack(select(finite, fix_signs(vectors), jtu.tree_map(jnp.zeros_like, vectors)), batch=1),
         LowRank(
             jnp.where(finite, pairs.values[best], 0),
             packing.unpack(select(finite, learnt, jtu.tree_map(jnp.zeros_like, learnt)), batch=1),

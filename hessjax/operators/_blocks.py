@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from hessjax._function import check_key
+from hessjax._function import needs_key
 from hessjax.operators._operator import Operator, as_operator
 
 
@@ -111,9 +111,7 @@ def map_blocks(
         {'[0]': 1.0, '[1]': 2.0, '[2]': 3.0}
     """
     op = as_operator(op, None)
-    if key is None:
-        raise TypeError("`map_blocks` needs a `key` such as `jax.random.key(0)`, got None.")
-    check_key(key, "map_blocks")
+    needs_key(key, "map_blocks")
     blocks = _blocks(op.structure, group)
     order = {name: index for index, name in enumerate(blocks)}
     keys = jax.random.split(key, len(blocks))

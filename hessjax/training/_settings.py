@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hessjax._function import Function, as_function, as_integer, check_key
+from hessjax._function import Function, as_function, as_integer, needs_key
 from hessjax.krylov._warm import WHICH
 from hessjax.operators import adam_preconditioner
 
@@ -37,6 +37,7 @@ class Settings(eqx.Module):
     @classmethod
     def of(
         cls,
+        *,
         loss: Any,
         key: Any,
         k: Any,
@@ -78,9 +79,7 @@ class Settings(eqx.Module):
                 "`preconditioner` must be None, 'from_opt_state', or a function from an optax state to D, got "
                 f"{preconditioner!r}."
             )
-        if key is None:
-            raise TypeError("`track_curvature` needs a `key`, such as `jax.random.key(0)`, got None.")
-        check_key(key, "track_curvature")
+        needs_key(key, "track_curvature")
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         return cls(
             function=as_function(operator if loss is None else loss),

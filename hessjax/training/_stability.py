@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from hessjax._vectors import or_one
+
 Coefficients = Sequence[ArrayLike]
 
 _NAMED: dict[str, Callable[[ArrayLike], Coefficients]] = {
@@ -79,4 +81,4 @@ def edge_of_stability(optimizer: str | Coefficients, learning_rate: ArrayLike, *
 
 def _bound(limit: Array, slope: Array) -> Array:
     """The largest x with slope · x ≤ limit; infinite if any will do."""
-    return jnp.where(slope > 0, limit / jnp.where(slope > 0, slope, 1), jnp.inf)
+    return jnp.where(slope > 0, limit / or_one(slope), jnp.inf)

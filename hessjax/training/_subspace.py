@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._vectors import combine, contract, divide, gram, norm, scalar_dtype
+from hessjax._vectors import combine, contract, divide, gram, norm, or_one, scalar_dtype
 from hessjax.krylov._eigh import sequential_eigh
 
 
@@ -26,7 +26,7 @@ def continued(last: PyTree[Float[Array, "k ..."]], earlier: PyTree[Float[Array, 
 def nearness(vectors: PyTree[Float[Array, "k ..."]], rows: PyTree[Float[Array, "m ..."]]) -> Scalar:
     """The sum of the squared cosines between all vectors and all rows; zero rows count nothing."""
     squares = jnp.diagonal(gram(rows, rows))
-    return jnp.sum(jnp.where(squares > 0, jnp.square(gram(vectors, rows)) / jnp.where(squares > 0, squares, 1), 0))
+    return jnp.sum(jnp.where(squares > 0, jnp.square(gram(vectors, rows)) / or_one(squares), 0))
 
 
 def principal_angles(x: PyTree[Float[Array, "k ..."]], y: PyTree[Float[Array, "k ..."]]) -> Float[Array, " k"]:

@@ -108,7 +108,18 @@ def track_curvature(
         [8.0]
     """
     settings = Settings.of(
-        loss, key, k, every, which, preconditioner, operator, grow_above, tol, certify, guards, history
+        loss=loss,
+        key=key,
+        k=k,
+        every=every,
+        which=which,
+        preconditioner=preconditioner,
+        operator=operator,
+        grow_above=grow_above,
+        tol=tol,
+        certify=certify,
+        guards=guards,
+        history=history,
     )
 
     def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
