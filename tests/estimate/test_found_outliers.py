@@ -140,7 +140,7 @@ def test_nan_stays_visible():
 
 def test_memory_for_what_is_found_is_set_aside(monkeypatch):
     op, vector = Diagonal(jnp.arange(1000.0)), 4000
-    monkeypatch.setattr("hessjax.estimate._memory._device_memory", lambda: 8 * 100 * vector)  # room for 100 vectors
+    monkeypatch.setattr("hessjax.estimate._memory.device_memory", lambda: 8 * 100 * vector)  # room for 100 vectors
     assert probes_together(op, 10, 12, None) == 5
     assert probes_together(op, 10, 12, None, beside=50) == 2
     assert probes_together(op, 10, 12, None, beside=99) == 1
