@@ -18,9 +18,10 @@ from jaxtyping import Array, PyTree, Scalar
 from hessjax._function import Function, as_function, full_precision
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
-from hessjax.operators._examples import as_batch_size, as_samples, hoisted, outputs_of
+from hessjax.operators._examples import as_samples, losses_of, outputs_of
 from hessjax.operators._ggn import gauss_newton
-from hessjax.operators._hessian import as_scalar, count_examples
+from hessjax.operators._operator import hoisted
+from hessjax.operators._slices import as_batch_size, count_examples
 
 
 class Model(eqx.Module):
@@ -175,9 +176,7 @@ class _MeanLoss(eqx.Module):
     batched: bool = eqx.field(static=True)
 
     def __call__(self, params: PyTree, inputs: PyTree, targets: PyTree) -> Scalar:
-        outputs = outputs_of(self.forward, params, inputs, self.batched)
-        per_example = jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))
-        return jnp.mean(per_example(outputs, targets))
+        return jnp.mean(losses_of(self.forward, self.loss, params, (inputs, targets), self.batched))
 
 
 @eqx.filter_jit

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._function import Function, as_integer, check_key, closes_over_tracers
+from hessjax._function import as_integer, check_key
 from hessjax._vectors import structure_of
-from hessjax.operators._hessian import count_examples
-from hessjax.operators._operator import Operator, operator
+from hessjax.operators._slices import count_examples
 
 Data = tuple[PyTree, PyTree]
 
@@ -42,6 +41,28 @@ def real_outputs(
         what = ", ".join(f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in jtu.tree_leaves(outputs))
         raise ValueError(f"`forward` must return real floating-point arrays, got {what or 'none'}.")
     return real, constants
+
+
+def as_scalar(value: Any) -> Scalar:
+    """`value`, if it is a real scalar.
+
+    Raises:
+        ValueError: it is not; the message says what came.
+    """
+    if (
+        not eqx.is_array_like(value)
+        or jnp.shape(value) != ()
+        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    ):
+        what = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}" if eqx.is_array_like(value) else repr(value)
+        raise ValueError(f"The loss must be a real floating-point scalar, got {what}. Reduce it, e.g. by `jnp.mean`.")
+    return jnp.asarray(value)
+
+
+def losses_of(forward: Any, loss: Any, params: PyTree, data: Data, batched: bool) -> Float[Array, " examples"]:
+    """The loss of every example."""
+    outputs = outputs_of(forward, params, data[0], batched)
+    return jax.vmap(lambda output, target: as_scalar(loss(output, target)))(outputs, data[1])
 
 
 class Linearized(NamedTuple):
@@ -106,18 +127,6 @@ def as_arguments(params: PyTree, inputs: PyTree, targets: PyTree) -> tuple[PyTre
     return params, data
 
 
-def as_batch_size(batch_size: Any, caller: str) -> int | None:
-    """`batch_size` as an integer, or None for all examples at once.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1.
-    """
-    if batch_size is not None and (batch_size := as_integer("batch_size", batch_size)) < 1:
-        raise ValueError(f"`{caller}` needs `batch_size >= 1`, or None for one slice, got {batch_size}.")
-    return batch_size
-
-
 def as_samples(mc_samples: Any, key: Any, caller: str) -> int | None:
     """`mc_samples` as an integer, or None for no sampling; it comes with a key, and neither without the other.
 
@@ -134,10 +143,3 @@ def as_samples(mc_samples: Any, key: Any, caller: str) -> int | None:
     if mc_samples is not None and (mc_samples := as_integer("mc_samples", mc_samples)) < 1:
         raise ValueError(f"`{caller}` needs `mc_samples >= 1`, or None for the exact matrix, got {mc_samples}.")
     return mc_samples
-
-
-def hoisted(op: Operator, *functions: Function) -> Operator:
-    """`op`, in which arrays being traced that a function closes over are leaves, so that they can be differentiated."""
-    if any(closes_over_tracers(function) for function in functions):
-        return operator(op.product, op.like)
-    return op

@@ -16,11 +16,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import as_function
-from hessjax.operators._examples import as_arguments, as_batch_size, as_samples, hoisted
+from hessjax.operators._examples import as_arguments, as_samples
 from hessjax.operators._ggn import GaussNewton
-from hessjax.operators._hessian import count_examples
-from hessjax.operators._operator import Operator
+from hessjax.operators._operator import Operator, hoisted
 from hessjax.operators._output_root import through_samples
+from hessjax.operators._slices import as_batch_size, count_examples
 
 
 def fisher(

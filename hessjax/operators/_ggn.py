@@ -15,18 +15,10 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree, Scalar
 
 from hessjax._function import Function, as_function
-from hessjax.operators._examples import (
-    Data,
-    as_arguments,
-    as_batch_size,
-    as_samples,
-    hoisted,
-    linearize,
-    real_outputs,
-)
-from hessjax.operators._hessian import as_scalar, count_examples, mean_over_slices
-from hessjax.operators._operator import Operator
+from hessjax.operators._examples import Data, as_arguments, as_samples, as_scalar, linearize, real_outputs
+from hessjax.operators._operator import Operator, hoisted
 from hessjax.operators._output_root import SampledCurvature
+from hessjax.operators._slices import as_batch_size, count_examples, mean_over_slices
 
 
 def ggn(

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from hessjax._function import Function, as_function
 from hessjax._vectors import scalar_dtype, subtract
-from hessjax.operators._examples import Data, as_arguments, as_batch_size, both_ways, hoisted, outputs_of
-from hessjax.operators._hessian import as_scalar, mean_over_slices
-from hessjax.operators._operator import Operator
+from hessjax.operators._examples import Data, as_arguments, both_ways, losses_of
+from hessjax.operators._operator import Operator, hoisted
+from hessjax.operators._slices import as_batch_size, mean_over_slices
 
 
 def empirical_fisher(
@@ -148,8 +148,7 @@ class SecondMoment(Operator):
         """The N numbers gₙᵀv, and w ↦ (1/N) Σ wₙgₙ."""
 
         def losses(params: PyTree) -> Float[Array, " examples"]:
-            outputs = outputs_of(self.forward, params, data[0], batched=False)
-            return jax.vmap(lambda output, target: as_scalar(self.loss(output, target)))(outputs, data[1])
+            return losses_of(self.forward, self.loss, params, data, batched=False)
 
         at, pull = jax.vjp(losses, self.params)
         push, pull = both_ways(pull, at)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree, Scalar
+from jaxtyping import PyTree, Scalar
 
-from hessjax._function import Function, as_function, as_integer, closes_over_tracers
+from hessjax._function import Function, as_function
 from hessjax._vectors import structure_of
-from hessjax.operators._operator import Operator, operator
+from hessjax.operators._examples import as_scalar
+from hessjax.operators._operator import Operator, hoisted
+from hessjax.operators._slices import as_batch_size, count_examples, mean_over_slices
 
 
 def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[..., Operator]:
@@ -47,8 +49,7 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
 
     Source: Pearlmutter, Fast exact multiplication by the Hessian, doi:10.1162/neco.1994.6.1.147.
     """
-    if batch_size is not None and (batch_size := as_integer("batch_size", batch_size)) < 1:
-        raise ValueError(f"`hvp` needs `batch_size >= 1`, or None for one slice, got {batch_size}.")
+    batch_size = as_batch_size(batch_size, "hvp")
 
     def build(params: PyTree, *args: Any) -> Operator:
         structure = structure_of(params)
@@ -57,8 +58,7 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
         if batch_size is not None:
             count_examples(args)
         hessian = Hessian(as_function(loss), params, args, batch_size)
-        # Traced arrays in a closure are made leaves, so that the algorithms can differentiate with respect to them.
-        return operator(hessian.product, params) if closes_over_tracers(hessian.loss) else hessian
+        return hoisted(hessian, hessian.loss)
 
     return build
 
@@ -83,68 +83,3 @@ class Hessian(Operator):
         if self.batch_size is None:
             return on(self.args)
         return mean_over_slices(on, self.args, self.batch_size, like=self.params)
-
-
-def as_scalar(value: Any) -> Scalar:
-    """`value`, if it is a real scalar.
-
-    Raises:
-        ValueError: it is not; the message says what came.
-    """
-    if (
-        not eqx.is_array_like(value)
-        or jnp.shape(value) != ()
-        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    ):
-        what = f"shape {jnp.shape(value)}, dtype {jnp.result_type(value)}" if eqx.is_array_like(value) else repr(value)
-        raise ValueError(f"The loss must be a real floating-point scalar, got {what}. Reduce it, e.g. by `jnp.mean`.")
-    return jnp.asarray(value)
-
-
-def _is_sliced(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray) and leaf.ndim > 0
-
-
-def count_examples(args: PyTree) -> int:
-    """The common length of the leading axes in `args`.
-
-    Raises:
-        ValueError: there is none, or they differ.
-    """
-    lengths = {jtu.keystr(path): leaf.shape[0] for path, leaf in jtu.tree_leaves_with_path(args) if _is_sliced(leaf)}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(
-            "Data must have one leading length, at least 1, over all its arrays, got "
-            f"{lengths or 'no array'}. Arrays that are not per example belong in a closure or in the parameters."
-        )
-    return next(iter(lengths.values()))
-
-
-def mean_over_slices(
-    function: Callable[[PyTree], PyTree[Array]], args: PyTree, batch_size: int, like: PyTree[Array]
-) -> PyTree[Array]:
-    """Σ_b (n_b / N) function(slice b): the mean over N examples, from means over slices of at most `batch_size`.
-
-    `like` has the shapes and dtypes of function's values. The slices run in one `lax.scan`, the remainder after it.
-    """
-    count = count_examples(args)
-    whole, rest = divmod(count, batch_size)
-    sliced, fixed = eqx.partition(args, _is_sliced)
-
-    # Slices are read in place: a stack of them would copy the data wherever there is a remainder.
-    def weighted(start_at: Any, examples: int) -> PyTree:
-        part = jtu.tree_map(lambda x: jax.lax.dynamic_slice_in_dim(x, start_at, examples), sliced)
-        value = function(eqx.combine(part, fixed))
-        return jtu.tree_map(lambda x, total: (examples / count) * x.astype(total.dtype), value, start)
-
-    def step(total: PyTree, index: Array) -> tuple[PyTree, None]:
-        return jtu.tree_map(jnp.add, total, weighted(index * batch_size, batch_size)), None
-
-    # In half precision a running sum of small terms would stand still.
-    start = jtu.tree_map(lambda x: jnp.zeros(x.shape, jnp.result_type(x.dtype, jnp.float32)), like)
-    total = start
-    if whole:
-        total, _ = jax.lax.scan(step, start, jnp.arange(whole))
-    if rest:
-        total = jtu.tree_map(jnp.add, total, weighted(whole * batch_size, rest))
-    return jtu.tree_map(lambda x, y: x.astype(y.dtype), total, like)

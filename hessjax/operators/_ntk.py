@@ -16,10 +16,10 @@ from jaxtyping import Array, PyTree, Scalar
 
 from hessjax._function import Function, as_function
 from hessjax._vectors import matmul
-from hessjax.operators._examples import Data, as_arguments, hoisted, linearize
-from hessjax.operators._hessian import count_examples
-from hessjax.operators._operator import Operator
+from hessjax.operators._examples import Data, as_arguments, linearize
+from hessjax.operators._operator import Operator, hoisted
 from hessjax.operators._output_root import output_hessian, root_of
+from hessjax.operators._slices import count_examples
 
 
 def ntk(forward: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], Operator]:

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._function import Function, as_function, full_precision
+from hessjax._function import Function, as_function, closes_over_tracers, full_precision
 from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
 from hessjax.operators._convolutions import channel_last
 from hessjax.operators._together import each
@@ -240,6 +240,13 @@ def operator(matvec: Any, like: PyTree) -> Operator:
     # A function without closed-over arrays stays itself: its identity then keys the compilation cache.
     hoisted = jtu.tree_leaves(eqx.filter(converted, eqx.is_array))
     return _Wrapped(as_function(converted if hoisted else matvec), tuple(leaves), treedef)
+
+
+def hoisted(op: Operator, *functions: Function) -> Operator:
+    """`op`, in which arrays being traced that a function closes over are leaves, so that they can be differentiated."""
+    if any(closes_over_tracers(function) for function in functions):
+        return operator(op.product, op.like)
+    return op
 
 
 def as_operator(op: Any, like: PyTree | None) -> Operator:

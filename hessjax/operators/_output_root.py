@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._function import Function
 from hessjax._vectors import matmul
-from hessjax.operators._hessian import as_scalar
+from hessjax.operators._examples import as_scalar
 
 
 def output_hessian(loss: Function, output: PyTree, constants: PyTree, target: PyTree) -> Float[Array, "c c"]:
