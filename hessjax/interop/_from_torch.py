@@ -24,8 +24,9 @@ def from_torch(
     `torch.export` records the module's operations in eval mode, for any batch size; each is replaced by its JAX
     equivalent, and what comes out is a plain JAX function. The user's module, its training flag, and torch's random
     state, default dtype and device are left as they were; weights are copied. The port and PyTorch are then compared
-    on up to 8 examples, in float64 even for a float32 module, where it can run so. Attention is computed by its formula
-    and transformer layers by their parts, in the port and in the comparison: torch's fused kernels have no second
+    on up to 8 examples, in float64 even for a float32 module, where it can run so; with x64 off, their outputs once
+    more in the dtypes that the port will have. Attention is computed by its formula and transformer layers by their
+    parts, in the port and in the comparison: torch's fused kernels have no second
     derivative. The second derivative is JAX's own, so that it is right where torch's is wrong (`weight_norm`).
 
     Args:
@@ -52,8 +53,8 @@ def from_torch(
     Raises:
         ImportError: PyTorch is not installed.
         TypeError: the module is none, or a parameter is not real.
-        ValueError: the module is not on the CPU, batches have unequal structure, a float64 module meets JAX's x64
-            switched off, or port and source disagree.
+        ValueError: the module is not on the CPU, batches have unequal structure, a float64 module, or one with
+            float64 or int64 arithmetic that matters, meets JAX's x64 switched off, or port and source disagree.
         NotImplementedError: what does not convert, by name of operation and layer: no rule, a branch on values, a write
             in place to a buffer or an input, a custom autograd function, random numbers, statistics of the batch.
             `hj.torch_operator` is the way out.

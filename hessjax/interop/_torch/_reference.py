@@ -145,7 +145,11 @@ def gradient_of(outputs: list[torch.Tensor], weights: list[Any], trained: dict[s
         return {name: to_numpy(torch.zeros_like(p)) for name, p in trained.items()}
     with plain_attention():
         found = torch.autograd.grad(
-            [o for o, _ in pairs], list(trained.values()), [w for _, w in pairs], allow_unused=True
+            [o for o, _ in pairs],
+            list(trained.values()),
+            [w for _, w in pairs],
+            allow_unused=True,
+            retain_graph=True,  # the outputs may be asked again
         )
     parts = zip(trained.items(), found, strict=True)
     return {name: to_numpy(torch.zeros_like(p) if g is None else g) for (name, p), g in parts}

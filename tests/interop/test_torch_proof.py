@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import optax
+import pytest
+
+import hessjax as hj
+
+torch = pytest.importorskip("torch")
+nn, F = torch.nn, torch.nn.functional
+cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+
+
+class By(nn.Module):
+    """Three scores out of a forward, and further layers by name."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.function = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def rows(count=6):
+    return torch.randn(count, 4), torch.arange(count) % 3
+
+
+def hashed(self, first, second):
+    return self.head(self.table((first * 100_000 + second) % 1000))
+
+
+def far_from_zero(self, x):
+    return self.head(((x.double() + 1e9) - 1e9).float())
+
+
+def test_what_needs_64_bits_is_refused_without_x64_and_right_with_it():
+    with jax.enable_x64(False):
+        module = seeded(lambda: By(hashed, table=nn.Embedding(1000, 4)))
+        pairs = torch.randint(30_000, 50_000, (12,)), torch.randint(0, 100_000, (12,))
+        data = (pairs, torch.arange(12) % 3)
+        with pytest.raises(ValueError, match=r"(?s)int64 or float64 inside.*jax_enable_x64.*outputs: [^0]"):
+            hj.from_torch(module, data, cross_entropy)
+        with jax.enable_x64(True):
+            model = hj.from_torch(module, data, cross_entropy)
+            np.testing.assert_allclose(model.outputs(), module(*pairs).detach(), atol=1e-6)
+        module = seeded(lambda: By(far_from_zero))
+        with pytest.raises(ValueError, match="int64 or float64 inside"):
+            hj.from_torch(module, seeded(rows), cross_entropy)
+
+
+def test_a_deep_network_in_single_precision_is_none_of_these():
+    with jax.enable_x64(False):
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()) for _ in range(20)]
+        module = seeded(lambda: nn.Sequential(*layers, nn.Linear(4, 3)))
+        assert hj.from_torch(module, seeded(rows), cross_entropy).parity.dtype == "float64"
