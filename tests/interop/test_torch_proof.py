@@ -61,3 +61,45 @@ def test_a_deep_network_in_single_precision_is_none_of_these():
         layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()) for _ in range(20)]
         module = seeded(lambda: nn.Sequential(*layers, nn.Linear(4, 3)))
         assert hj.from_torch(module, seeded(rows), cross_entropy).parity.dtype == "float64"
+
+
+def behind(switch):
+    def forward(self, x):
+        with switch():
+            hidden = torch.tanh(self.body(x))
+        return self.head(hidden.clone())
+
+    return forward
+
+
+def with_positions(self, x):
+    with torch.no_grad():
+        shifted = x + torch.arange(4) * self.scale.running_mean
+    return self.head(torch.tanh(self.body(shifted)))
+
+
+def with_a_stable_sum(self, x):
+    scores = self.head(self.body(x))
+    with torch.no_grad():
+        largest = scores.amax(1, keepdim=True)
+    return scores - largest - (scores - largest).exp().sum(1, keepdim=True).log()
+
+
+def with_no_head(forward):
+    module = seeded(lambda: By(forward, body=nn.Linear(4, 4), scale=nn.BatchNorm1d(4, affine=False)))
+    nn.init.zeros_(module.head.weight)
+    return module
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_switched_off_derivatives_are_found_where_they_vanish(switch):
+    with pytest.raises(ValueError, match=r"(?s)gradient: [^0].*no_grad` in layer `?the module itself.*requires_grad_"):
+        hj.from_torch(with_no_head(behind(switch)), seeded(rows), nn.CrossEntropyLoss())
+
+
+def test_switched_off_derivatives_that_change_nothing_are_let_pass():
+    frozen = with_no_head(behind(torch.no_grad))
+    frozen.body.requires_grad_(False)
+    for module in (frozen, with_no_head(with_positions), with_no_head(with_a_stable_sum)):
+        model = hj.from_torch(module, seeded(rows), nn.CrossEntropyLoss())
+        assert [difference.quantity for difference in model.parity.differences] == ["outputs", "loss", "gradient"]

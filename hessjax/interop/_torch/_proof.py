@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 
 from hessjax._model import Model
 from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, tolerance_in
-from hessjax.interop._torch._data import to_numpy, to_tensor, x64_is_on
+from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor, x64_is_on
 from hessjax.interop._torch._lowered import Converted, ConvertedLoss, arguments
 from hessjax.interop._torch._reference import gradient_of, switched_off, trained_parameters
 from hessjax.interop._torch._source import Source, torch_loss
@@ -36,11 +36,32 @@ def prove(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     else:
         if not x64_is_on():
             _check_without_x64(model, source, wide)
+    if verify == "gradient":
+        _check_switches(model, source, loss, wide=parity.dtype == "float64")
     if model.batched:
         whole = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
         tolerance = tolerance_in(jnp.dtype(_precision(model, source)))
         check_independence(lambda part: _outputs_on(source, part), source.inputs, whole, tolerance)
     return parity
+
+
+def _check_switches(model: Ported, source: Source, loss: Any, wide: bool) -> None:
+    """Compares once more at moved parameters if derivatives are switched off anywhere.
+
+    At the module's own, what is lost may happen to vanish: behind a head of zeros every derivative does.
+
+    Raises:
+        ValueError: gradients differ there.
+    """
+    if not switched_off(source.unrolled, source.leaves):
+        return
+    moved = source.moved()
+    params = {name: to_jax(to_numpy(p), name) for name, p in trained_parameters(moved.module).items()}
+    there = Ported(params, model.data, model.forward, model.loss, batched=model.batched)
+    try:
+        _compared(there, moved.doubled() if wide else moved, loss, "gradient", wide)
+    except ValueError as error:
+        raise _with_switches(ValueError(f"At parameters moved at random: {error}"), source) from error
 
 
 def _compared_in_its_own(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
@@ -89,7 +110,8 @@ def _with_switches(error: Exception, source: Source) -> ValueError:
         return ValueError(str(error))
     return ValueError(
         f"{error}\nUnder `torch.no_grad` in layer {', '.join(layers)} derivatives are switched off, which a conversion "
-        "does not keep. `.detach()` it keeps; `hj.torch_operator` runs the module in PyTorch as it is."
+        "does not keep. Parameters that are to be constant take `requires_grad_(False)`, and `.detach()` is kept; "
+        "`hj.torch_operator` runs the module in PyTorch as it is."
     )
 
 

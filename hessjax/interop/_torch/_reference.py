@@ -78,20 +78,20 @@ def watched(module: torch.nn.Module) -> Iterator[list[str]]:
 
 
 class _Switches(torch.overrides.TorchFunctionMode):
-    """Notes the layers that switch derivatives off."""
+    """Notes the layers that compute with derivatives switched off."""
 
     def __init__(self, where: list[str]):
         super().__init__()
         self.where, self.found = where, set[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args[0] is False:
+        if not torch.is_grad_enabled():
             self.found.add(self.where[-1].removeprefix("module").removeprefix("."))
         return func(*args, **(kwargs or {}))
 
 
 def switched_off(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[str]:
-    """The layers that compute something under `torch.no_grad`; the outermost is the empty name."""
+    """The layers that compute under `no_grad` or `inference_mode`; the outermost is the empty name."""
     with watched(module) as where, plain_attention(), _Switches(where) as switches:
         module([leaf.clone() for leaf in leaves])
     return sorted(switches.found)

@@ -12,7 +12,7 @@ from hessjax.interop._parity import take
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
-from hessjax.interop._torch._reference import eager_outputs
+from hessjax.interop._torch._reference import eager_outputs, trained_parameters
 
 _EXAMPLES = 8  # on which port and source are compared
 
@@ -51,12 +51,24 @@ class Source:
 
     def doubled(self) -> "Source":
         """The same in float64."""
-        wide = copy.copy(self)
-        wide.module = copy.deepcopy(self.module).double()
-        wide.leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
-        wide.unrolled = Unrolled(wide.module, self.arguments, self.select, self.kwargs)
-        wide.outputs = eager_outputs(wide.unrolled, wide.leaves)
-        return wide
+        leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
+        return self._with(copy.deepcopy(self.module).double(), leaves)
+
+    def moved(self) -> "Source":
+        """The same at other parameters: each is moved by a tenth of its size at random, or by 0.1 if it is zero."""
+        module, generator = copy.deepcopy(self.module), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in trained_parameters(module).values():
+                size = float(p.double().square().mean().sqrt()) or 1.0
+                p.add_(0.1 * size * torch.randn(p.shape, generator=generator).to(p))
+        return self._with(module, self.leaves)
+
+    def _with(self, module: torch.nn.Module, leaves: list[torch.Tensor]) -> "Source":
+        other = copy.copy(self)
+        other.module, other.leaves = module, leaves
+        other.unrolled = Unrolled(module, self.arguments, self.select, self.kwargs)
+        other.outputs = eager_outputs(other.unrolled, leaves)
+        return other
 
 
 def torch_loss(loss: Any, source: Source) -> torch.Tensor:
