@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from hessjax._vectors import structure_of
 from hessjax.interop._torch._data import to_numpy, untouched, x64_is_on
+from hessjax.interop._torch._loss import check_value
 from hessjax.interop._torch._reference import plain_attention, trained_parameters
 from hessjax.operators import Operator
 
@@ -87,6 +88,9 @@ def build(loss_fn: Any, module: Any, batches: Any) -> TorchOperator:
         host = Host(loss_fn, copy.deepcopy(module).eval(), parts)
     if not parts:
         raise ValueError("`torch_operator` needs at least one batch `(inputs, targets)`, got none.")
+    with untouched():
+        inputs, targets, _ = parts[0]
+        check_value(loss_fn(_call(host.module, inputs), targets), module, "loss_fn")
     shapes = {n: jax.ShapeDtypeStruct(tuple(p.shape), _dtype(p)) for n, p in host.trained.items()}
     specs = structure_of(shapes)
     return TorchOperator(host, tuple(specs), tuple(specs.values()))

@@ -15,9 +15,10 @@ from jaxtyping import Array, PyTree
 from hessjax._model import Model
 from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, tolerance_in
 from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor, x64_is_on
+from hessjax.interop._torch._loss import check_mean, torch_loss
 from hessjax.interop._torch._lowered import Converted, ConvertedLoss, arguments
 from hessjax.interop._torch._reference import gradient_of, switched_off, trained_parameters
-from hessjax.interop._torch._source import Source, torch_loss
+from hessjax.interop._torch._source import Source
 
 _AS_IT_RUNS = (
     1e-3  # of outputs: ten times what one float32 layer is given, for deep networks; an overflow is of order 1
@@ -26,6 +27,8 @@ _AS_IT_RUNS = (
 
 def prove(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     """Compares in float64; where the source computes in less inside, in its own precision instead."""
+    if verify == "gradient" and isinstance(model.loss.inner, ConvertedLoss):
+        check_mean(loss, source)
     try:
         wide = source.doubled()
         parity = _compared(model, wide, loss, verify, wide=True)
@@ -147,7 +150,7 @@ def _torch_gradient(ours: Model, source: Source, loss: Any, outputs: PyTree) -> 
     """Loss and gradient by PyTorch; a JAX loss enters through its derivative with respect to the outputs."""
     trained = trained_parameters(source.module)
     if isinstance(ours.loss.inner, ConvertedLoss):
-        value = torch_loss(loss, source)
+        value = torch_loss(loss, source.outputs, source.targets, source)
         return to_numpy(value), gradient_of([value], [np.ones(())], trained)
 
     def mean_loss(outputs: PyTree) -> Array:

@@ -107,19 +107,13 @@ def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[t
     names = {layer: name.removeprefix("module").removeprefix(".") for name, layer in module.named_modules()}
 
     def look(layer: torch.nn.Module, _: Any, output: Any) -> None:
-        pending = [t.grad_fn for t in _tensors_in(output) if t.grad_fn is not None]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in recorded_by(_tensors_in(output), seen):
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 raise NotImplementedError(
                     f"The custom autograd function `{type(node).__name__.removesuffix('Backward')}` in layer "
                     f"`{names[layer] or 'the module itself'}` has a derivative of its own, which a conversion would "
                     "lose. Write it with plain operations, or use `hj.torch_operator`, which runs it in PyTorch."
                 )
-            pending += [parent for parent, _ in node.next_functions]
 
     handles = [layer.register_forward_hook(look) for layer in module.modules()]
     try:
@@ -128,6 +122,17 @@ def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[t
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recorded_by(tensors: list[torch.Tensor], seen: set[Any]) -> Iterator[Any]:
+    """The nodes of autograd's graph behind some tensors, but for those `seen` before."""
+    pending = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [parent for parent, _ in node.next_functions]
 
 
 def _tensors_in(output: Any) -> list[torch.Tensor]:

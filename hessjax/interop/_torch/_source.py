@@ -8,13 +8,22 @@ import numpy as np
 import torch
 from jaxtyping import PyTree
 
-from hessjax.interop._parity import take
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
 from hessjax.interop._torch._reference import eager_outputs, trained_parameters
 
 _EXAMPLES = 8  # on which port and source are compared
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Up to `count` positions, evenly from first to last: data may be sorted."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int)
+
+
+def pick(tree: PyTree, rows: np.ndarray) -> PyTree:
+    """Some examples; what has no axes is passed whole."""
+    return jtu.tree_map(lambda leaf: leaf[rows] if np.ndim(leaf) > 0 else leaf, tree)
 
 
 class Source:
@@ -33,8 +42,10 @@ class Source:
             raise ValueError(
                 f"Inputs must be arrays with one leading length, got shapes {[np.shape(x) for x in leaves]}."
             )
-        self.count = min(next(iter(lengths)), _EXAMPLES)
-        self.inputs, self.targets = (take(tree, 0, self.count) for tree in (inputs, targets))
+        rows = spread(next(iter(lengths)), _EXAMPLES)
+        self.count = len(rows)
+        self.inputs, self.targets = pick(inputs, rows), pick(targets, rows)
+        self.original, self.all_targets = module, targets
         self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
         self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
         self.outputs = eager_outputs(self.unrolled, self.leaves)
@@ -69,14 +80,3 @@ class Source:
         other.unrolled = Unrolled(module, self.arguments, self.select, self.kwargs)
         other.outputs = eager_outputs(other.unrolled, leaves)
         return other
-
-
-def torch_loss(loss: Any, source: Source) -> torch.Tensor:
-    outputs = jtu.tree_unflatten(source.result, source.outputs)
-    like = [leaf for leaf in source.outputs if leaf.is_floating_point()]
-    targets = jtu.tree_map(lambda leaf: _at_width_of(to_tensor(leaf), like), source.targets)
-    return loss(outputs, targets)
-
-
-def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
-    return target.to(outputs[0].dtype) if target.is_floating_point() and outputs else target
