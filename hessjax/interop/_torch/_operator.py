@@ -1,6 +1,5 @@
 """PyTorch's double backward behind a callback."""
 
-import copy
 from typing import Any
 
 import equinox as eqx
@@ -12,9 +11,9 @@ import torch
 from jaxtyping import PyTree
 
 from hessjax._vectors import structure_of
-from hessjax.interop._torch._data import to_numpy, untouched, x64_is_on
+from hessjax.interop._torch._data import to_numpy, to_tensor, untouched, x64_is_on
 from hessjax.interop._torch._loss import check_value
-from hessjax.interop._torch._reference import plain_attention, trained_parameters
+from hessjax.interop._torch._reference import hessian_product, plain_attention, private_copy, trained_parameters
 from hessjax.operators import Operator
 
 
@@ -30,19 +29,12 @@ class Host:
         parameters = list(self.trained.values())
         count = sum(length for _, _, length in self.batches)
         with untouched(), plain_attention():
-            tangents = [torch.from_numpy(np.array(vector[n])).to(p) for n, p in self.trained.items()]
+            tangents = [to_tensor(np.asarray(vector[name])).to(p) for name, p in self.trained.items()]
             total = [torch.zeros_like(p) for p in parameters]
             for inputs, targets, length in self.batches:
-                loss = self.loss_fn(_call(self.module, inputs), targets)
-                slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                pairs = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s is not None and s.requires_grad]
-                if pairs:
-                    second = torch.autograd.grad(
-                        [s for s, _ in pairs], parameters, [t for _, t in pairs], allow_unused=True
-                    )
-                    for sum_, part in zip(total, second, strict=True):
-                        if part is not None:
-                            sum_ += part * (length / count)
+                loss = self.loss_fn(call(self.module, inputs), targets)
+                for sum_, part in zip(total, hessian_product(loss, parameters, tangents), strict=True):
+                    sum_ += part * (length / count)
         return {name: to_numpy(part) for name, part in zip(self.trained, total, strict=True)}
 
 
@@ -64,7 +56,7 @@ class TorchOperator(Operator):
         return f"TorchOperator(host round trip, {type(self.host.module).__name__}, n={self.size})"
 
 
-def _call(module: torch.nn.Module, inputs: Any) -> Any:
+def call(module: torch.nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
@@ -85,12 +77,12 @@ def build(loss_fn: Any, module: Any, batches: Any) -> TorchOperator:
     device = next(iter(trained.values())).device
     with untouched(batches):
         parts = [_part(batch, number, device) for number, batch in enumerate(batches)]
-        host = Host(loss_fn, copy.deepcopy(module).eval(), parts)
+        host = Host(loss_fn, private_copy(module), parts)
     if not parts:
         raise ValueError("`torch_operator` needs at least one batch `(inputs, targets)`, got none.")
     with untouched():
         inputs, targets, _ = parts[0]
-        check_value(loss_fn(_call(host.module, inputs), targets), module, "loss_fn")
+        check_value(loss_fn(call(host.module, inputs), targets), module, "loss_fn")
     shapes = {n: jax.ShapeDtypeStruct(tuple(p.shape), _dtype(p)) for n, p in host.trained.items()}
     specs = structure_of(shapes)
     return TorchOperator(host, tuple(specs), tuple(specs.values()))

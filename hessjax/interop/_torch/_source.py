@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
-from hessjax.interop._torch._reference import eager_outputs, trained_parameters
+from hessjax.interop._torch._reference import eager_outputs, private_copy, trained_parameters
 
 _EXAMPLES = 8  # on which port and source are compared
 
@@ -30,10 +30,7 @@ class Source:
     """A private copy of the user's module in eval mode, and a few of the examples as tensors."""
 
     def __init__(self, module: Any, inputs: PyTree, targets: PyTree, select: Any, kwargs: dict[str, Any]):
-        try:
-            self.module = copy.deepcopy(module).eval()
-        except Exception as error:
-            raise ValueError(f"The module cannot be copied (`copy.deepcopy` fails: {error}).") from error
+        self.module = private_copy(module)
         self.arguments = jtu.tree_structure(arguments(inputs))
         self.select, self.kwargs = select, kwargs
         leaves = jtu.tree_leaves(inputs)
