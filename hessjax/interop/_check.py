@@ -222,8 +222,9 @@ def _compare(checked: _Checked, rtol: Any) -> float:
         at = int(np.argmax(np.where(np.isfinite(gap), gap, np.inf)))
         raise ValueError(
             f"The Hessian-vector product differs from a central difference of the gradient by {largest:.3g} at "
-            f"{checked.name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. The "
-            "second derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a bug of the framework."
+            f"{checked.name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. "
+            "The second derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a framework's "
+            "own bug."
         )
     return largest / scale
 

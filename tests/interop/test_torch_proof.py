@@ -103,3 +103,13 @@ def test_switched_off_derivatives_that_change_nothing_are_let_pass():
     for module in (frozen, with_no_head(with_positions), with_no_head(with_a_stable_sum)):
         model = hj.from_torch(module, seeded(rows), nn.CrossEntropyLoss())
         assert [difference.quantity for difference in model.parity.differences] == ["outputs", "loss", "gradient"]
+
+
+def test_a_rule_that_fails_is_no_mismatch(x64):
+    def broken(x):
+        raise TypeError("no such thing")
+
+    module = By(lambda self, x: self.head(torch.special.i0e(x))).double()
+    x, y = rows()
+    with pytest.raises(NotImplementedError, match=r"special_i0e.*no such thing"):
+        hj.from_torch(module, (x.double(), y), cross_entropy, rules={"aten.special_i0e": broken})

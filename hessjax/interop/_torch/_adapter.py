@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Array, PyTree
 
 from hessjax.interop._parity import Ported
-from hessjax.interop._torch._data import read, to_jax, to_numpy, untouched, x64_is_on
-from hessjax.interop._torch._export import FixedBatch, as_tree, export
+from hessjax.interop._torch._data import at_jax_width, read, to_jax, to_numpy, untouched, x64_is_on
+from hessjax.interop._torch._export import FixedBatch, export, main_part
 from hessjax.interop._torch._loss import loss_in_jax
 from hessjax.interop._torch._lowered import Converted
 from hessjax.interop._torch._proof import prove
@@ -32,9 +32,9 @@ def convert(
     """The body of `hj.from_torch`, which see."""
     module = getattr(module, "_orig_mod", module)  # under torch.compile
     check_plain(module)
-    inputs, targets = read(data)
+    inputs, targets = jtu.tree_map(at_jax_width, read(data))
     params, constants = _tensors(module)
-    select = as_tree if output is None else output
+    select = main_part if output is None else output
     own_rules = {str(name): function for name, function in (rules or {}).items()}
     with untouched():
         source = Source(module, inputs, targets, select, kwargs)

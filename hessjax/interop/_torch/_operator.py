@@ -11,9 +11,10 @@ import torch
 from jaxtyping import PyTree
 
 from hessjax._vectors import structure_of
-from hessjax.interop._torch._data import to_numpy, to_tensor, untouched, x64_is_on
+from hessjax.interop._torch._data import at_jax_width, to_numpy, to_tensor, untouched, x64_is_on
 from hessjax.interop._torch._loss import check_value
 from hessjax.interop._torch._reference import hessian_product, plain_attention, private_copy, trained_parameters
+from hessjax.interop._torch._source import failed
 from hessjax.operators import Operator
 
 
@@ -82,7 +83,13 @@ def build(loss_fn: Any, module: Any, batches: Any) -> TorchOperator:
         raise ValueError("`torch_operator` needs at least one batch `(inputs, targets)`, got none.")
     with untouched():
         inputs, targets, _ = parts[0]
-        check_value(loss_fn(call(host.module, inputs), targets), module, "loss_fn")
+        try:
+            value = loss_fn(call(host.module, inputs), targets)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise failed(error, inputs, module) from error
+        check_value(value, module, "loss_fn")
     shapes = {n: jax.ShapeDtypeStruct(tuple(p.shape), _dtype(p)) for n, p in host.trained.items()}
     specs = structure_of(shapes)
     return TorchOperator(host, tuple(specs), tuple(specs.values()))
@@ -98,7 +105,11 @@ def _part(batch: Any, number: int, device: Any) -> tuple[Any, Any, int]:
         raise ValueError(f"Every batch must be a pair `(inputs, targets)`, got {got} in batch {number}.")
     inputs, targets = batch
     inputs = dict(inputs) if hasattr(inputs, "keys") else tuple(inputs) if isinstance(inputs, list) else inputs
-    moved = jtu.tree_map(lambda leaf: torch.as_tensor(leaf, device=device).detach().clone(), (inputs, targets))
+
+    def move(leaf: Any) -> torch.Tensor:
+        return torch.as_tensor(at_jax_width(leaf), device=device).detach().clone()
+
+    moved = jtu.tree_map(move, (inputs, targets))
     lengths = {leaf.shape[0] for leaf in jtu.tree_leaves(moved) if leaf.ndim}
     if len(lengths) != 1:
         raise ValueError(f"Inputs and targets of batch {number} must have one leading length, got {sorted(lengths)}.")

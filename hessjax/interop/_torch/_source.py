@@ -45,7 +45,12 @@ class Source:
         self.original, self.all_targets = module, targets
         self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
         self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
-        self.outputs = eager_outputs(self.unrolled, self.leaves)
+        try:
+            self.outputs = eager_outputs(self.unrolled, self.leaves)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise failed(error, self.leaves, self.module) from error
         self.result = self.unrolled.result
 
     def alias(self, target: str) -> str:
@@ -77,3 +82,13 @@ class Source:
         other.unrolled = Unrolled(module, self.arguments, self.select, self.kwargs)
         other.outputs = eager_outputs(other.unrolled, leaves)
         return other
+
+
+def failed(error: Exception, inputs: Any, module: torch.nn.Module) -> ValueError:
+    """What to say where the module, or the loss after it, does not run in PyTorch on the user's data."""
+    tensors = [f"{tuple(leaf.shape)} in {leaf.dtype}" for leaf in jtu.tree_leaves(inputs)]
+    dtypes = sorted({str(p.dtype) for p in module.parameters()})
+    return ValueError(
+        f"The module does not run in PyTorch on inputs of {', '.join(tensors)}, its parameters in {', '.join(dtypes)}: "
+        f"{error}. Where dtypes differ, convert the inputs, as by `inputs.astype(np.float32)`."
+    )
