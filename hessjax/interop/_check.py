@@ -6,9 +6,10 @@ gradients does see them, whatever framework the gradient comes from.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -26,7 +27,6 @@ _EPS = float(np.finfo(np.float64).eps)
 _GOLDEN = (5**0.5 - 1) / 2
 
 Flat = np.ndarray
-Derivative = Callable[[Flat], Flat]
 
 
 def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = None, rtol: Any = None) -> float:
@@ -37,7 +37,8 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
 
     Args:
         loss: `loss(params, *args)`, a real scalar in JAX. Where `params` is a `torch.nn.Module`, a function of the
-            module, `loss(module, *args)`, whose products are torch's double backward; the module is left as it was.
+            module, `loss(module, *args)`, whose products are torch's double backward; the module is left as it
+            was, its buffers too.
         params: θ, a pytree of floating-point arrays, or a `torch.nn.Module`, of which the parameters with
             `requires_grad` count.
         args: passed on to `loss`.
@@ -51,7 +52,8 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
 
     Raises:
         ValueError: the difference exceeds the tolerance. The message names the worst leaf. Also when the differences
-            do not settle at any step, because the loss jumps, is random, or computes in low precision.
+            do not settle at any step, because the loss jumps, is random, or computes in low precision; of a module,
+            every loss in less than float32 counts as such. And when `vector` does not fit a module's parameters.
         TypeError: a parameter is not a floating-point array.
 
     Example:
@@ -66,8 +68,35 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
     torch = sys.modules.get("torch")
     is_module = torch is not None and isinstance(params, torch.nn.Module)
     make = _of_torch if is_module else _of_jax
-    with make(loss, params, args, vector) as (theta, v, gradient, product, name_of):
-        return _compare(theta, v, gradient, product, name_of, rtol)
+    with make(loss, params, args, vector) as checked:
+        return _compare(checked, rtol)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A loss by its derivatives, as functions of flat parameters.
+
+    Attributes:
+        theta: the parameters.
+        vector: the direction that was asked for, if any.
+        gradient: θ ↦ ∇L(θ).
+        product: θ, v ↦ ∇²L(θ) v.
+        shapes: of every parameter by its name, in order.
+    """
+
+    theta: Flat
+    vector: Flat | None
+    gradient: Callable[[Flat], Flat]
+    product: Callable[[Flat, Flat], Flat]
+    shapes: dict[str, tuple[int, ...]]
+
+    def name_of(self, index: int) -> str:
+        for name, shape in self.shapes.items():
+            count = int(np.prod(shape))
+            if index < count:
+                return f"`{name or 'params'}` {tuple(int(i) for i in np.unravel_index(index, shape))}"
+            index -= count
+        raise IndexError(index)
 
 
 @contextlib.contextmanager
@@ -75,8 +104,8 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
     narrow = structure_of(params)
     with jax.enable_x64(True):
         wide = jtu.tree_map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float64), narrow)
-        leaves, treedef = jtu.tree_flatten(jtu.tree_map(lambda leaf: np.asarray(leaf, np.float64), params))
-        shapes = [leaf.shape for leaf in leaves]
+        shapes = {jtu.keystr(path): spec.shape for path, spec in jtu.tree_leaves_with_path(wide)}
+        treedef = jtu.tree_structure(wide)
         # A small model in float32 has data in float32, which must not decide where the sums are rounded.
         args = jtu.tree_map(_widen, args)
         gradient = eqx.filter_jit(lambda p, a: jax.grad(lambda p: loss(p, *a))(p))
@@ -85,14 +114,12 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
         def unflatten(flat: Flat) -> PyTree:
             return jtu.tree_map(jnp.asarray, treedef.unflatten(_split(flat, shapes)))
 
-        v = None if vector is None else _join(jtu.tree_leaves(as_vector(vector, wide, "vector")))
-        names = [jtu.keystr(path) for path, _ in jtu.tree_leaves_with_path(wide)]
-        yield (
-            _join(leaves),
-            v,
+        yield _Checked(
+            _join(jtu.tree_leaves(params)),
+            None if vector is None else _join(jtu.tree_leaves(as_vector(vector, wide, "vector"))),
             lambda flat: _join(jtu.tree_leaves(gradient(unflatten(flat), args))),
             lambda flat, v: _join(jtu.tree_leaves(multiply(unflatten(flat), args, unflatten(v)))),
-            _namer(names, shapes),
+            shapes,
         )
 
 
@@ -100,51 +127,73 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
 def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vector: Any) -> Any:
     import torch
 
-    from hessjax.interop._torch._data import untouched
-    from hessjax.interop._torch._reference import plain_attention
+    from hessjax.interop._torch._data import to_numpy, untouched
+    from hessjax.interop._torch._reference import (
+        as_it_was,
+        hessian_product,
+        low_precision_in,
+        plain_attention,
+        trained_parameters,
+    )
 
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    saved = {name: p.detach().clone() for name, p in trained.items()}
-    shapes = [tuple(p.shape) for p in trained.values()]
+    trained = trained_parameters(module)
+    parameters = list(trained.values())
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    v = None if vector is None else _named(vector, shapes, to_numpy)
 
-    def flat_of(tensors: Any) -> Flat:
-        return _join([t.detach().cpu().double().numpy() for t in tensors])
+    def tensors(flat: Flat) -> list[Any]:
+        parts = zip(_split(flat, shapes), parameters, strict=True)
+        return [torch.from_numpy(np.array(part)).to(p) for part, p in parts]
 
-    def place(flat: Flat) -> None:
-        with torch.no_grad():
-            for p, part in zip(trained.values(), _split(flat, shapes), strict=True):
-                p.copy_(torch.from_numpy(np.array(part)))
+    with untouched(), plain_attention(), as_it_was(module) as restore:
 
-    def gradient(flat: Flat, graph: bool = False) -> Any:
-        place(flat)
-        parameters = list(trained.values())
-        found = torch.autograd.grad(loss(module, *args), parameters, create_graph=graph, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        def loss_at(flat: Flat) -> Any:
+            restore()  # buffers too: in train mode every call may change them
+            with torch.no_grad():
+                for p, part in zip(parameters, tensors(flat), strict=True):
+                    p.copy_(part)
+            return loss(module, *args)
 
-    def product(flat: Flat, v: Flat) -> Flat:
-        parameters = list(trained.values())
-        tangents = [
-            torch.from_numpy(np.array(part)).to(p) for part, p in zip(_split(v, shapes), parameters, strict=True)
-        ]
-        pairs = [(g, t) for g, t in zip(gradient(flat, True), tangents, strict=True) if g.requires_grad]
-        if not pairs:
-            return np.zeros_like(v)
-        found = torch.autograd.grad(
-            [g for g, _ in pairs], parameters, [t for _, t in pairs], allow_unused=True, materialize_grads=True
-        )
-        return flat_of(found)
+        def gradient(flat: Flat) -> Flat:
+            found = torch.autograd.grad(loss_at(flat), parameters, allow_unused=True, materialize_grads=True)
+            return _join([to_numpy(part) for part in found])
 
-    v = None if vector is None else _join([np.asarray(vector[name], np.float64) for name in trained])
-    try:
-        with untouched(), plain_attention():
-            yield flat_of(saved.values()), v, lambda f: flat_of(gradient(f)), product, _namer(list(trained), shapes)
-    finally:
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(saved[name])
+        def product(flat: Flat, v: Flat) -> Flat:
+            return _join([to_numpy(part) for part in hessian_product(loss_at(flat), parameters, tensors(v))])
+
+        theta = _join([to_numpy(p) for p in parameters])
+        low = low_precision_in(lambda: loss_at(theta))
+        if low:
+            raise ValueError(
+                f"Central differences of the gradient do not settle where the loss computes in {' and '.join(low)}, "
+                "so no product can be checked. Check `copy.deepcopy(module).double()`, on float64 inputs and outside "
+                "`torch.autocast`."
+            )
+        yield _Checked(theta, v, gradient, product, shapes)
 
 
-def _compare(theta: Flat, vector: Flat | None, gradient: Any, product: Any, name_of: Any, rtol: Any) -> float:
+def _named(vector: Any, shapes: dict[str, tuple[int, ...]], to_numpy: Callable[[Any], Any]) -> Flat:
+    """A module's vector as one array.
+
+    Raises:
+        ValueError: it does not fit the parameters.
+    """
+    if not isinstance(vector, Mapping):
+        raise ValueError(f"`vector` must be a dict by the parameters' names, got {type(vector).__name__}.")
+    parts = {name: np.asarray(to_numpy(part), np.float64) for name, part in vector.items()}
+    for name in (*shapes, *parts):
+        wanted, got = (str(where[name]) if name in where else "none" for where in (shapes, _shapes_of(parts)))
+        if wanted != got:
+            raise ValueError(f"`vector` must be shaped as the trained parameters: `{name}` has {got} for {wanted}.")
+    return _join([parts[name] for name in shapes])
+
+
+def _shapes_of(parts: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: part.shape for name, part in parts.items()}
+
+
+def _compare(checked: _Checked, rtol: Any) -> float:
+    theta, vector, gradient = checked.theta, checked.vector, checked.gradient
     if theta.size == 0:
         raise ValueError("`check_hvp` needs at least one parameter, got none.")
     direction = _spread(theta.size) if vector is None else vector
@@ -152,7 +201,7 @@ def _compare(theta: Flat, vector: Flat | None, gradient: Any, product: Any, name
     if not length > 0 or not np.isfinite(length):
         raise ValueError(f"`check_hvp` needs a finite `vector` that is not zero, got one of norm {length}.")
     unit = direction / length
-    ours, slope = product(theta, unit), float(np.max(np.abs(gradient(theta))))
+    ours, slope = checked.product(theta, unit), float(np.max(np.abs(gradient(theta))))
     steps = max(1.0, float(np.linalg.norm(theta))) * _STEPS
     quotients = [(gradient(theta + h * unit) - gradient(theta - h * unit)) / (2 * h) for h in steps]
     gaps = [float(np.max(np.abs(a - b))) for a, b in itertools.pairwise(quotients)]
@@ -173,8 +222,9 @@ def _compare(theta: Flat, vector: Flat | None, gradient: Any, product: Any, name
         at = int(np.argmax(np.where(np.isfinite(gap), gap, np.inf)))
         raise ValueError(
             f"The Hessian-vector product differs from a central difference of the gradient by {largest:.3g} at "
-            f"{name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. The second "
-            "derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a framework's own bug."
+            f"{checked.name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. "
+            "The second derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a framework's "
+            "own bug."
         )
     return largest / scale
 
@@ -184,25 +234,13 @@ def _spread(size: int) -> Flat:
     return 2 * np.modf(_GOLDEN * np.arange(1, size + 1))[0] - 1
 
 
-def _split(flat: Flat, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+def _split(flat: Flat, shapes: dict[str, tuple[int, ...]]) -> list[np.ndarray]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes.values(), strict=True)]
 
 
 def _join(leaves: Any) -> Flat:
     return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in leaves] or [np.zeros(0)])
-
-
-def _namer(names: list[str], shapes: list[tuple[int, ...]]) -> Callable[[int], str]:
-    def name_of(index: int) -> str:
-        for name, shape in zip(names, shapes, strict=True):
-            count = int(np.prod(shape))
-            if index < count:
-                return f"`{name or 'params'}` {tuple(int(i) for i in np.unravel_index(index, shape))}"
-            index -= count
-        raise IndexError(index)
-
-    return name_of
 
 
 def _widen(leaf: Any) -> Any:

@@ -59,6 +59,12 @@ def to_tensor(leaf: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(leaf))
 
 
+def at_jax_width(leaf: Any) -> Any:
+    """NumPy's float64 in float32 while x64 is off, as everywhere in JAX; anything else stays."""
+    wide = isinstance(leaf, np.ndarray) and leaf.dtype == np.float64
+    return leaf.astype(np.float32) if wide and not x64_is_on() else leaf
+
+
 def to_jax(leaf: Any, name: str) -> Any:
     """An array on the device.
 

@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.tree_util as jtu
@@ -41,8 +41,14 @@ class Unrolled(torch.nn.Module):
         return outputs
 
 
+def main_part(output: Any) -> Any:
+    """Of a Hugging Face output, which is no plain dict, its `logits` where it has some."""
+    of_its_own = isinstance(output, Mapping) and type(output) is not dict
+    return output["logits"] if of_its_own and "logits" in output else output
+
+
 def as_tree(output: Any) -> Any:
-    """Plain dicts, lists and tuples of tensors; of a Hugging Face output, its `logits` where it has some.
+    """Plain dicts and lists of tensors.
 
     Raises:
         TypeError: something else is in there.
@@ -50,7 +56,7 @@ def as_tree(output: Any) -> Any:
     if output is None or isinstance(output, torch.Tensor):
         return output
     if hasattr(output, "items") and hasattr(output, "keys"):
-        return output["logits"] if "logits" in output else {key: as_tree(part) for key, part in output.items()}
+        return {key: as_tree(part) for key, part in output.items()}
     if isinstance(output, list | tuple):
         return [as_tree(part) for part in output]
     raise TypeError(

@@ -1,6 +1,5 @@
 """PyTorch's double backward behind a callback."""
 
-import copy
 from typing import Any
 
 import equinox as eqx
@@ -12,8 +11,10 @@ import torch
 from jaxtyping import PyTree
 
 from hessjax._vectors import structure_of
-from hessjax.interop._torch._data import to_numpy, untouched, x64_is_on
-from hessjax.interop._torch._reference import plain_attention, trained_parameters
+from hessjax.interop._torch._data import at_jax_width, to_numpy, to_tensor, untouched, x64_is_on
+from hessjax.interop._torch._loss import check_value
+from hessjax.interop._torch._reference import hessian_product, plain_attention, private_copy, trained_parameters
+from hessjax.interop._torch._source import failed
 from hessjax.operators import Operator
 
 
@@ -29,19 +30,12 @@ class Host:
         parameters = list(self.trained.values())
         count = sum(length for _, _, length in self.batches)
         with untouched(), plain_attention():
-            tangents = [torch.from_numpy(np.array(vector[n])).to(p) for n, p in self.trained.items()]
+            tangents = [to_tensor(np.asarray(vector[name])).to(p) for name, p in self.trained.items()]
             total = [torch.zeros_like(p) for p in parameters]
             for inputs, targets, length in self.batches:
-                loss = self.loss_fn(_call(self.module, inputs), targets)
-                slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                pairs = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s is not None and s.requires_grad]
-                if pairs:
-                    second = torch.autograd.grad(
-                        [s for s, _ in pairs], parameters, [t for _, t in pairs], allow_unused=True
-                    )
-                    for sum_, part in zip(total, second, strict=True):
-                        if part is not None:
-                            sum_ += part * (length / count)
+                loss = self.loss_fn(call(self.module, inputs), targets)
+                for sum_, part in zip(total, hessian_product(loss, parameters, tangents), strict=True):
+                    sum_ += part * (length / count)
         return {name: to_numpy(part) for name, part in zip(self.trained, total, strict=True)}
 
 
@@ -63,7 +57,7 @@ class TorchOperator(Operator):
         return f"TorchOperator(host round trip, {type(self.host.module).__name__}, n={self.size})"
 
 
-def _call(module: torch.nn.Module, inputs: Any) -> Any:
+def call(module: torch.nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
@@ -84,9 +78,18 @@ def build(loss_fn: Any, module: Any, batches: Any) -> TorchOperator:
     device = next(iter(trained.values())).device
     with untouched(batches):
         parts = [_part(batch, number, device) for number, batch in enumerate(batches)]
-        host = Host(loss_fn, copy.deepcopy(module).eval(), parts)
+        host = Host(loss_fn, private_copy(module), parts)
     if not parts:
         raise ValueError("`torch_operator` needs at least one batch `(inputs, targets)`, got none.")
+    with untouched():
+        inputs, targets, _ = parts[0]
+        try:
+            value = loss_fn(call(host.module, inputs), targets)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise failed(error, inputs, module) from error
+        check_value(value, module, "loss_fn")
     shapes = {n: jax.ShapeDtypeStruct(tuple(p.shape), _dtype(p)) for n, p in host.trained.items()}
     specs = structure_of(shapes)
     return TorchOperator(host, tuple(specs), tuple(specs.values()))
@@ -102,7 +105,11 @@ def _part(batch: Any, number: int, device: Any) -> tuple[Any, Any, int]:
         raise ValueError(f"Every batch must be a pair `(inputs, targets)`, got {got} in batch {number}.")
     inputs, targets = batch
     inputs = dict(inputs) if hasattr(inputs, "keys") else tuple(inputs) if isinstance(inputs, list) else inputs
-    moved = jtu.tree_map(lambda leaf: torch.as_tensor(leaf, device=device).detach().clone(), (inputs, targets))
+
+    def move(leaf: Any) -> torch.Tensor:
+        return torch.as_tensor(at_jax_width(leaf), device=device).detach().clone()
+
+    moved = jtu.tree_map(move, (inputs, targets))
     lengths = {leaf.shape[0] for leaf in jtu.tree_leaves(moved) if leaf.ndim}
     if len(lengths) != 1:
         raise ValueError(f"Inputs and targets of batch {number} must have one leading length, got {sorted(lengths)}.")

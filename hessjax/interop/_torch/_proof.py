@@ -1,5 +1,7 @@
-"""The comparison of a port with its module, in float64 wherever the module can."""
+"""The comparison of a port with its module, in float64 wherever the module can, and then as the port will run."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -12,28 +14,98 @@ from jaxtyping import Array, PyTree
 
 from hessjax._model import Model
 from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, tolerance_in
-from hessjax.interop._torch._data import to_numpy, to_tensor, x64_is_on
+from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor, x64_is_on
+from hessjax.interop._torch._loss import check_mean, torch_loss
 from hessjax.interop._torch._lowered import Converted, ConvertedLoss, arguments
 from hessjax.interop._torch._reference import gradient_of, switched_off, trained_parameters
-from hessjax.interop._torch._source import Source, torch_loss
+from hessjax.interop._torch._source import Source
+
+_AS_IT_RUNS = (
+    1e-3  # of outputs: ten times what one float32 layer is given, for deep networks; an overflow is of order 1
+)
 
 
 def prove(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
     """Compares in float64; where the source computes in less inside, in its own precision instead."""
+    if verify == "gradient" and isinstance(model.loss.inner, ConvertedLoss):
+        check_mean(loss, source)
     try:
-        parity = _compared(model, source.doubled(), loss, verify, wide=True)
+        wide = source.doubled()
+        parity = _compared(model, wide, loss, verify, wide=True)
     except (ValueError, RuntimeError) as error:
         if _precision(model, source) == "float64":
+            if isinstance(error, NotImplementedError):
+                raise  # by its class a RuntimeError, but no mismatch
             raise _with_switches(error, source) from error
-        try:
-            parity = _compared(model, source, loss, verify, wide=False)
-        except ValueError as error:
-            raise _with_switches(error, source) from error
+        parity = _compared_in_its_own(model, source, loss, verify)
+    else:
+        if not x64_is_on():
+            _check_without_x64(model, source, wide)
+    if verify == "gradient":
+        _check_switches(model, source, loss, wide=parity.dtype == "float64")
     if model.batched:
         whole = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
         tolerance = tolerance_in(jnp.dtype(_precision(model, source)))
         check_independence(lambda part: _outputs_on(source, part), source.inputs, whole, tolerance)
     return parity
+
+
+def _check_switches(model: Ported, source: Source, loss: Any, wide: bool) -> None:
+    """Compares once more at moved parameters if derivatives are switched off anywhere.
+
+    At the module's own, what is lost may happen to vanish: behind a head of zeros every derivative does.
+
+    Raises:
+        ValueError: gradients differ there.
+    """
+    if not switched_off(source.unrolled, source.leaves):
+        return
+    moved = source.moved()
+    params = {name: to_jax(to_numpy(p), name) for name, p in trained_parameters(moved.module).items()}
+    there = Ported(params, model.data, model.forward, model.loss, batched=model.batched)
+    try:
+        _compared(there, moved.doubled() if wide else moved, loss, "gradient", wide)
+    except ValueError as error:
+        raise _with_switches(ValueError(f"At parameters moved at random: {error}"), source) from error
+
+
+def _compared_in_its_own(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:
+    try:
+        return _compared(model, source, loss, verify, wide=False)
+    except ValueError as error:
+        if x64_is_on() or not _agrees_under_x64(model, source, loss, verify):
+            raise _with_switches(error, source) from error
+        raise _needs_x64(str(error)) from error
+
+
+def _agrees_under_x64(model: Ported, source: Source, loss: Any, verify: Any) -> bool:
+    with jax.enable_x64(True), contextlib.suppress(ValueError):
+        return bool(_compared(model, source, loss, verify, wide=False))
+    return False
+
+
+def _check_without_x64(model: Ported, source: Source, wide: Source) -> None:
+    """The port's outputs in the dtypes that it will have, of which the proof in float64 knows nothing.
+
+    Their error is measured against the module's own: what rounding does to the module, it may do to the port.
+
+    Raises:
+        ValueError: they differ from the module's.
+    """
+    of_module, in_float64 = (jtu.tree_unflatten(s.result, [to_numpy(out) for out in s.outputs]) for s in (source, wide))
+    found = difference("outputs", _on_examples(model, source).outputs(), of_module)
+    rounding = difference("outputs", of_module, in_float64).relative
+    tolerance = max(_AS_IT_RUNS, tolerance_in(jnp.dtype(_precision(model, source))), 10 * rounding)
+    if not found.relative <= tolerance:
+        raise _needs_x64(f"{found} (tolerance {tolerance:.0e}).")
+
+
+def _needs_x64(found: str) -> ValueError:
+    return ValueError(
+        "The module computes in int64 or float64 inside, which JAX without x64 cuts to int32 and float32. The remedy "
+        'is `jax.config.update("jax_enable_x64", True)` before the conversion, and for whatever runs the model. With '
+        f"x64 the port is right; without it, {found}"
+    )
 
 
 def _with_switches(error: Exception, source: Source) -> ValueError:
@@ -43,7 +115,8 @@ def _with_switches(error: Exception, source: Source) -> ValueError:
         return ValueError(str(error))
     return ValueError(
         f"{error}\nUnder `torch.no_grad` in layer {', '.join(layers)} derivatives are switched off, which a conversion "
-        "does not keep. `.detach()` it keeps; `hj.torch_operator` runs the module in PyTorch as it is."
+        "does not keep. Parameters that are to be constant take `requires_grad_(False)`, and `.detach()` is kept; "
+        "`hj.torch_operator` runs the module in PyTorch as it is."
     )
 
 
@@ -57,14 +130,8 @@ def _precision(model: Ported, source: Source) -> str:
 
 def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool) -> Parity:
     with jax.enable_x64(wide or x64_is_on()):
-        widen = _widened if wide else lambda tree: tree
-        ours = Model(
-            widen(model.params),
-            widen(jtu.tree_map(jnp.asarray, (source.inputs, source.targets))),
-            _wide_function(model.forward, wide),
-            _wide_function(model.loss, wide),
-            batched=model.batched,
-        )
+        ours = _on_examples(model, source)
+        ours = _in_float64(ours) if wide else ours
         outputs = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
         found = [difference("outputs", ours.outputs(), outputs)]
         if verify == "gradient":
@@ -85,7 +152,7 @@ def _torch_gradient(ours: Model, source: Source, loss: Any, outputs: PyTree) -> 
     """Loss and gradient by PyTorch; a JAX loss enters through its derivative with respect to the outputs."""
     trained = trained_parameters(source.module)
     if isinstance(ours.loss.inner, ConvertedLoss):
-        value = torch_loss(loss, source)
+        value = torch_loss(loss, source.outputs, source.targets, source)
         return to_numpy(value), gradient_of([value], [np.ones(())], trained)
 
     def mean_loss(outputs: PyTree) -> Array:
@@ -97,6 +164,18 @@ def _torch_gradient(ours: Model, source: Source, loss: Any, outputs: PyTree) -> 
     return value, gradient_of(floating, [np.asarray(w, np.float64) for w in jtu.tree_leaves(weights)], trained)
 
 
+def _on_examples(model: Model, source: Source) -> Model:
+    """The model with the compared examples for its data."""
+    data = jtu.tree_map(jnp.asarray, (source.inputs, source.targets))
+    return Model(model.params, data, model.forward, model.loss, batched=model.batched)
+
+
+def _in_float64(model: Model) -> Model:
+    """The same model, with every floating-point number in float64."""
+    functions = _wide_function(model.forward), _wide_function(model.loss)
+    return Model(_widened(model.params), _widened(model.data), *functions, batched=model.batched)
+
+
 def _widened(tree: PyTree) -> PyTree:
     def widen(leaf: Any) -> Any:
         return leaf.astype(jnp.float64) if eqx.is_inexact_array(leaf) else leaf
@@ -104,15 +183,9 @@ def _widened(tree: PyTree) -> PyTree:
     return jtu.tree_map(widen, tree)
 
 
-def _wide_function(function: Any, wide: bool) -> Any:
+def _wide_function(function: Any) -> Any:
     """A converted function that computes in float64."""
     inner = function.inner
-    if not wide or not isinstance(inner, Converted | ConvertedLoss):
+    if not isinstance(inner, Converted | ConvertedLoss):
         return function
-    return eqx.tree_at(
-        lambda f: f.constants, type(inner)(**{**_fields(inner), "wide": True}), _widened(inner.constants)
-    )
-
-
-def _fields(module: eqx.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in module.__dataclass_fields__}
+    return dataclasses.replace(inner, constants=_widened(inner.constants), wide=True)

@@ -1,7 +1,8 @@
 """What PyTorch itself says: outputs and gradients in eager mode, with attention that has a second derivative."""
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,98 @@ def plain_attention() -> Iterator[None]:
 def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters with `requires_grad`, a shared one once, under its first name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def private_copy(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy in eval mode, whose embeddings have dense gradients: of the same values, and with a second derivative.
+
+    Raises:
+        ValueError: the module cannot be copied.
+    """
+    try:
+        private = copy.deepcopy(module).eval()
+    except Exception as error:
+        for name, layer in module.named_modules():
+            for key, held in vars(layer).items():
+                if isinstance(held, torch.Tensor) and held.grad_fn is not None:
+                    raise ValueError(
+                        f"The module cannot be copied: its `{f'{name}.{key}'.lstrip('.')}` is computed from other "
+                        "parameters, as by pruning or the old `weight_norm`. Of a copy made before, or in place, "
+                        f'`torch.nn.utils.prune.remove(layer, "{key}")` or `torch.nn.utils.remove_weight_norm(layer)` '
+                        "makes a parameter of it; `torch.nn.utils.parametrizations.weight_norm` can be copied."
+                    ) from error
+        raise ValueError(f"The module cannot be copied (`copy.deepcopy` fails: {error}).") from error
+    for layer in sparse_embeddings(private):
+        layer.sparse = False
+    return private
+
+
+def sparse_embeddings(module: torch.nn.Module) -> list[Any]:
+    """The layers whose gradients are sparse tensors."""
+    kinds = torch.nn.Embedding | torch.nn.EmbeddingBag
+    return [layer for layer in module.modules() if isinstance(layer, kinds) and layer.sparse]
+
+
+@contextlib.contextmanager
+def as_it_was(module: torch.nn.Module) -> Iterator[Callable[[], None]]:
+    """Puts parameters, buffers and training flags back in the end, and whenever the yielded function is called."""
+    layers = [(layer, dict(layer._buffers), layer.training) for layer in module.modules()]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*module.parameters(), *module.buffers())]
+    sparse = sparse_embeddings(module)
+
+    def restore() -> None:
+        for layer, buffers, training in layers:
+            layer._buffers.clear()
+            layer._buffers.update(buffers)
+            layer.training = training
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+    try:
+        for layer in sparse:
+            layer.sparse = False
+        yield restore
+    finally:
+        restore()
+        for layer in sparse:
+            layer.sparse = True
+
+
+def hessian_product(loss: torch.Tensor, parameters: list[Any], tangents: list[torch.Tensor]) -> list[torch.Tensor]:
+    """∇²L v by double backward; zero where a parameter takes no part."""
+    slopes = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    pairs = [(s, t) for s, t in zip(slopes, tangents, strict=True) if s is not None and s.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(p) for p in parameters]
+    return list(
+        torch.autograd.grad(
+            [s for s, _ in pairs], parameters, [t for _, t in pairs], allow_unused=True, materialize_grads=True
+        )
+    )
+
+
+class _Halves(torch.overrides.TorchFunctionMode):
+    """Notes the precisions below float32 in which differentiable numbers come out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors_in(result):
+            if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and tensor.requires_grad:
+                self.found.add(str(tensor.dtype).removeprefix("torch."))
+        return result
+
+
+def low_precision_in(compute: Callable[[], Any]) -> list[str]:
+    """The dtypes below float32 that `compute` differentiates through."""
+    with _Halves() as halves:
+        compute()
+    return sorted(halves.found)
 
 
 def check_plain(module: Any) -> None:
@@ -78,20 +171,20 @@ def watched(module: torch.nn.Module) -> Iterator[list[str]]:
 
 
 class _Switches(torch.overrides.TorchFunctionMode):
-    """Notes the layers that switch derivatives off."""
+    """Notes the layers that compute with derivatives switched off."""
 
     def __init__(self, where: list[str]):
         super().__init__()
         self.where, self.found = where, set[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled and args[0] is False:
+        if not torch.is_grad_enabled():
             self.found.add(self.where[-1].removeprefix("module").removeprefix("."))
         return func(*args, **(kwargs or {}))
 
 
 def switched_off(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[str]:
-    """The layers that compute something under `torch.no_grad`; the outermost is the empty name."""
+    """The layers that compute under `no_grad` or `inference_mode`; the outermost is the empty name."""
     with watched(module) as where, plain_attention(), _Switches(where) as switches:
         module([leaf.clone() for leaf in leaves])
     return sorted(switches.found)
@@ -107,19 +200,13 @@ def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[t
     names = {layer: name.removeprefix("module").removeprefix(".") for name, layer in module.named_modules()}
 
     def look(layer: torch.nn.Module, _: Any, output: Any) -> None:
-        pending = [t.grad_fn for t in _tensors_in(output) if t.grad_fn is not None]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node in recorded_by(_tensors_in(output), seen):
             if isinstance(node, torch.autograd.function.BackwardCFunction):
                 raise NotImplementedError(
                     f"The custom autograd function `{type(node).__name__.removesuffix('Backward')}` in layer "
                     f"`{names[layer] or 'the module itself'}` has a derivative of its own, which a conversion would "
                     "lose. Write it with plain operations, or use `hj.torch_operator`, which runs it in PyTorch."
                 )
-            pending += [parent for parent, _ in node.next_functions]
 
     handles = [layer.register_forward_hook(look) for layer in module.modules()]
     try:
@@ -128,6 +215,17 @@ def eager_outputs(module: torch.nn.Module, leaves: list[torch.Tensor]) -> list[t
     finally:
         for handle in handles:
             handle.remove()
+
+
+def recorded_by(tensors: list[torch.Tensor], seen: set[Any]) -> Iterator[Any]:
+    """The nodes of autograd's graph behind some tensors, but for those `seen` before."""
+    pending = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [parent for parent, _ in node.next_functions]
 
 
 def _tensors_in(output: Any) -> list[torch.Tensor]:
@@ -145,7 +243,11 @@ def gradient_of(outputs: list[torch.Tensor], weights: list[Any], trained: dict[s
         return {name: to_numpy(torch.zeros_like(p)) for name, p in trained.items()}
     with plain_attention():
         found = torch.autograd.grad(
-            [o for o, _ in pairs], list(trained.values()), [w for _, w in pairs], allow_unused=True
+            [o for o, _ in pairs],
+            list(trained.values()),
+            [w for _, w in pairs],
+            allow_unused=True,
+            retain_graph=True,  # the outputs may be asked again
         )
     parts = zip(trained.items(), found, strict=True)
     return {name: to_numpy(torch.zeros_like(p) if g is None else g) for (name, p), g in parts}

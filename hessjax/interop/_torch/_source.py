@@ -8,23 +8,29 @@ import numpy as np
 import torch
 from jaxtyping import PyTree
 
-from hessjax.interop._parity import take
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
-from hessjax.interop._torch._reference import eager_outputs
+from hessjax.interop._torch._reference import eager_outputs, private_copy, trained_parameters
 
 _EXAMPLES = 8  # on which port and source are compared
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Up to `count` positions, evenly from first to last: data may be sorted."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int)
+
+
+def pick(tree: PyTree, rows: np.ndarray) -> PyTree:
+    """Some examples; what has no axes is passed whole."""
+    return jtu.tree_map(lambda leaf: leaf[rows] if np.ndim(leaf) > 0 else leaf, tree)
 
 
 class Source:
     """A private copy of the user's module in eval mode, and a few of the examples as tensors."""
 
     def __init__(self, module: Any, inputs: PyTree, targets: PyTree, select: Any, kwargs: dict[str, Any]):
-        try:
-            self.module = copy.deepcopy(module).eval()
-        except Exception as error:
-            raise ValueError(f"The module cannot be copied (`copy.deepcopy` fails: {error}).") from error
+        self.module = private_copy(module)
         self.arguments = jtu.tree_structure(arguments(inputs))
         self.select, self.kwargs = select, kwargs
         leaves = jtu.tree_leaves(inputs)
@@ -33,11 +39,18 @@ class Source:
             raise ValueError(
                 f"Inputs must be arrays with one leading length, got shapes {[np.shape(x) for x in leaves]}."
             )
-        self.count = min(next(iter(lengths)), _EXAMPLES)
-        self.inputs, self.targets = (take(tree, 0, self.count) for tree in (inputs, targets))
+        rows = spread(next(iter(lengths)), _EXAMPLES)
+        self.count = len(rows)
+        self.inputs, self.targets = pick(inputs, rows), pick(targets, rows)
+        self.original, self.all_targets = module, targets
         self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
         self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
-        self.outputs = eager_outputs(self.unrolled, self.leaves)
+        try:
+            self.outputs = eager_outputs(self.unrolled, self.leaves)
+        except NotImplementedError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise failed(error, self.leaves, self.module) from error
         self.result = self.unrolled.result
 
     def alias(self, target: str) -> str:
@@ -51,20 +64,31 @@ class Source:
 
     def doubled(self) -> "Source":
         """The same in float64."""
-        wide = copy.copy(self)
-        wide.module = copy.deepcopy(self.module).double()
-        wide.leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
-        wide.unrolled = Unrolled(wide.module, self.arguments, self.select, self.kwargs)
-        wide.outputs = eager_outputs(wide.unrolled, wide.leaves)
-        return wide
+        leaves = [leaf.double() if leaf.is_floating_point() else leaf for leaf in self.leaves]
+        return self._with(copy.deepcopy(self.module).double(), leaves)
+
+    def moved(self) -> "Source":
+        """The same at other parameters: each is moved by a tenth of its size at random, or by 0.1 if it is zero."""
+        module, generator = copy.deepcopy(self.module), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in trained_parameters(module).values():
+                size = float(p.double().square().mean().sqrt()) or 1.0
+                p.add_(0.1 * size * torch.randn(p.shape, generator=generator).to(p))
+        return self._with(module, self.leaves)
+
+    def _with(self, module: torch.nn.Module, leaves: list[torch.Tensor]) -> "Source":
+        other = copy.copy(self)
+        other.module, other.leaves = module, leaves
+        other.unrolled = Unrolled(module, self.arguments, self.select, self.kwargs)
+        other.outputs = eager_outputs(other.unrolled, leaves)
+        return other
 
 
-def torch_loss(loss: Any, source: Source) -> torch.Tensor:
-    outputs = jtu.tree_unflatten(source.result, source.outputs)
-    like = [leaf for leaf in source.outputs if leaf.is_floating_point()]
-    targets = jtu.tree_map(lambda leaf: _at_width_of(to_tensor(leaf), like), source.targets)
-    return loss(outputs, targets)
-
-
-def _at_width_of(target: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
-    return target.to(outputs[0].dtype) if target.is_floating_point() and outputs else target
+def failed(error: Exception, inputs: Any, module: torch.nn.Module) -> ValueError:
+    """What to say where the module, or the loss after it, does not run in PyTorch on the user's data."""
+    tensors = [f"{tuple(leaf.shape)} in {leaf.dtype}" for leaf in jtu.tree_leaves(inputs)]
+    dtypes = sorted({str(p.dtype) for p in module.parameters()})
+    return ValueError(
+        f"The module does not run in PyTorch on inputs of {', '.join(tensors)}, its parameters in {', '.join(dtypes)}: "
+        f"{error}. Where dtypes differ, convert the inputs, as by `inputs.astype(np.float32)`."
+    )
