@@ -70,7 +70,15 @@ def from_haiku(
     if stateful != (state is not None):
         got = "it is missing" if stateful else "this one has none"
         raise ValueError(f"A function under `hk.transform_with_state` needs `state=`, and only that: {got}.")
-    params, frozen = split_arrays(dict(params))
+    trained, frozen = split_arrays(dict(params))
+
+    def call(own: PyTree | None, inputs: PyTree) -> PyTree:
+        """The function's own `apply`."""
+        variables = params if own is None else eqx.combine(own, frozen)
+        if state is None:
+            return transformed.apply(variables, rng, *as_arguments(inputs), **kwargs)
+        return transformed.apply(variables, state, rng, *as_arguments(inputs), **kwargs)[0]
+
+    source = call if batched else mapped(call)
     forward = _Forward(transformed.apply, frozen, state, rng, kwargs)
-    call = forward if batched else mapped(forward)
-    return port("haiku", params, data, forward, loss, batched=batched, verify=verify, call=call)
+    return port("haiku", trained, data, forward, loss, batched=batched, verify=verify, call=source)
