@@ -109,6 +109,19 @@ def test_haiku_without_state_on_one_example(key):
     np.testing.assert_allclose(model.outputs(), function.apply(params, None, X), rtol=1e-5)
 
 
+@pytest.mark.parametrize("transform", ["transform", "transform_with_state"])
+def test_haiku_without_a_key_is_haiku_with_one(key, transform):
+    hk = pytest.importorskip("haiku")
+    with_key = getattr(hk, transform)(lambda x: hk.Linear(3)(x))
+    without = hk.without_apply_rng(with_key)
+    made = with_key.init(key, X)
+    given = {"params": made} if transform == "transform" else dict(zip(("params", "state"), made, strict=True))
+    models = [hj.from_haiku(f, (X, Y), cross_entropy, **given) for f in (with_key, without)]
+    np.testing.assert_array_equal(models[0].outputs(), models[1].outputs())
+    with pytest.raises(ValueError, match=r"without_apply_rng.*leave `rng` out"):
+        hj.from_haiku(without, (X, Y), cross_entropy, rng=key, **given)
+
+
 @pytest.mark.parametrize("port", [_flax._Linen, _flax._Nnx, _haiku._Forward])
 @pytest.mark.parametrize("verify", ["output", "gradient"])
 def test_a_port_that_differs_from_its_source_is_refused(key, monkeypatch, port, verify):
