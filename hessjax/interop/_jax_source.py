@@ -10,21 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from hessjax._compare import tolerance_in
 from hessjax._function import full_precision
-from hessjax._model import Model
+from hessjax._model import Model, differences
 from hessjax._vectors import scalar_dtype
-from hessjax.interop._parity import (
-    Parity,
-    Ported,
-    check_independence,
-    check_verify,
-    demand,
-    difference,
-    take,
-    tolerance_in,
-)
-
-_EXAMPLES = 8  # on which port and source are compared
+from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_independence, check_verify, demand, take
 
 Call = Callable[[PyTree | None, PyTree], PyTree]
 
@@ -79,21 +69,20 @@ def port(
     check_verify(verify, f"from_{source}")
     if verify is False:
         return model
-    count = min(model.num_examples, _EXAMPLES)
+    count = min(model.num_examples, EXAMPLES)
     inputs, targets = take(model.data, 0, count)
     ours = Model(model.params, (inputs, targets), model.forward, model.loss, batched=batched)
-    tolerance = tolerance_in(scalar_dtype(model.params))
+    dtype = scalar_dtype(model.params)
+    tolerance = tolerance_in(dtype)
 
     def mean_loss(params: PyTree) -> Any:
         return jnp.mean(jax.vmap(model.loss)(call(params, inputs), targets))
 
     with full_precision():
-        mine = ours.outputs()  # before the source's: the port says what to do about a module in train mode
-        outputs = call(None, inputs)
-        found = [difference("outputs", mine, outputs)]
+        ours.outputs()  # before the source's: the port says what to do about a module in train mode
+        outputs, value, gradient = call(None, inputs), None, None
         if verify == "gradient":
             value, gradient = eqx.filter_jit(jax.value_and_grad(mean_loss))(model.params)
-            found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
+        found = differences(ours, outputs, value, gradient, dtype)
         check_independence(lambda part: call(None, part), inputs, outputs, tolerance)
-    dtype = str(np.dtype(scalar_dtype(model.params)))
-    return model.proven(demand(Parity(source, count, dtype, tolerance, tuple(found))))
+    return model.proven(demand(Parity(source, count, str(dtype), tolerance, found)))
