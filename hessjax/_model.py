@@ -15,10 +15,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
+from hessjax._compare import Difference, difference, least_precise, tolerance_in
 from hessjax._function import Function, as_function, full_precision
 from hessjax._vectors import structure_of
 from hessjax.operators import Operator, hvp
-from hessjax.operators._examples import as_samples, losses_of, outputs_of
+from hessjax.operators._examples import as_samples, as_scalar, losses_of, outputs_of, real_outputs
 from hessjax.operators._ggn import gauss_newton
 from hessjax.operators._operator import hoisted
 from hessjax.operators._slices import as_batch_size, count_examples
@@ -136,13 +137,15 @@ class Model(eqx.Module):
     ) -> None:
         """Compares this model with what another framework computed for it.
 
-        Differences are relative to the largest magnitude of the expected array, leaf by leaf.
+        Differences are relative to the largest magnitude of the expected array, leaf by leaf; but where that is below
+        the rounding of the terms that it was summed from, as at an optimum, to those.
 
         Args:
             outputs: expected outputs on the model's inputs, with the structure of `outputs()`.
             loss: expected mean loss.
             gradient: expected gradient, with the structure of `params`.
-            rtol: tolerance; 1e-4 where the model or the expectation is in float32 or less, else 1e-8.
+            rtol: tolerance; by default 1e-8, 1e-4 where the model or the expectation is in float32, and 5e-2 where it
+                is in half precision.
 
         Raises:
             ValueError: a difference exceeds the tolerance, or a value is not finite. The message gives the largest
@@ -151,12 +154,41 @@ class Model(eqx.Module):
         """
         if outputs is None and loss is None and gradient is None:
             raise ValueError("`verify` needs something to compare with: `outputs`, `loss` or `gradient`.")
-        if outputs is not None:
-            _compare("outputs", self.params, self.outputs(), _join_lists(outputs, "outputs"), rtol)
-        if loss is not None:
-            _compare("loss", self.params, self.loss_value(), loss, rtol)
-        if gradient is not None:
-            _compare("gradient", self.params, self.gradient(), _join_lists(gradient, "gradient"), rtol)
+        given = {
+            "outputs": _join_lists(outputs, "outputs"),
+            "loss": loss,
+            "gradient": _join_lists(gradient, "gradient"),
+        }
+        dtype = least_precise(self.params, given)
+        tolerance = tolerance_in(dtype) if rtol is None else rtol
+        if not all(np.all(np.isfinite(np.asarray(leaf, np.float64))) for leaf in jtu.tree_leaves(given)):
+            raise ValueError("`verify` compares finite numbers, but what was expected holds nan or inf.")
+        wrong = [str(found) for found in differences(self, **given, dtype=dtype) if not found.relative <= tolerance]
+        if wrong:
+            raise ValueError(
+                f"The model disagrees with what was expected. Largest relative differences above the tolerance "
+                f"{tolerance:.3g}: {'; '.join(wrong)}. Usual causes: train instead of eval mode (dropout, batch "
+                "statistics), a sum for a mean in the loss, another dtype, transposed weights, another order of the "
+                "examples."
+            )
+
+
+def differences(
+    model: Model, outputs: PyTree | None, loss: Any, gradient: PyTree | None, dtype: Any
+) -> tuple[Difference, ...]:
+    """A model's largest differences from what is given (not None) of its source's, both computed in `dtype`.
+
+    Raises:
+        ValueError: a structure or a shape differs.
+    """
+    found = []
+    if outputs is not None:
+        found.append(difference("outputs", model.outputs(), outputs, 0.0, dtype))
+    if loss is not None:
+        found.append(difference("loss", model.loss_value(), loss, float(_loss_terms(model)), dtype))
+    if gradient is not None:
+        found.append(difference("gradient", model.gradient(), gradient, float(_gradient_terms(model)), dtype))
+    return tuple(found)
 
 
 class _OneExample(eqx.Module):
@@ -191,6 +223,66 @@ def _jitted_gradient(model: Model) -> PyTree[Array]:
         return jax.grad(_MeanLoss(model.forward, model.loss, model.batched))(model.params, *model.data)
 
 
+@eqx.filter_jit
+def _loss_terms(model: Model) -> Scalar:
+    """The size of what the loss is computed from: the examples' losses, and the outputs times the loss's slope.
+
+    At an optimum that slope is zero too, though the outputs' rounding stays inside the loss, log Σexp(f) - f[y]. So the
+    slope at outputs of zero counts as well, up to 1: beyond, as of a square, it says nothing about the optimum.
+    """
+    with full_precision():
+        outputs, constants = real_outputs(model.forward, model.params, model.data[0], model.batched)
+        losses, here, origin = _slopes(model, outputs, constants)
+        sizes = [
+            _largest(f) * jnp.maximum(_largest(a), jnp.minimum(_largest(b), 1))
+            for f, a, b in zip(*map(jtu.tree_leaves, (outputs, here, origin)), strict=True)
+        ]
+        return jnp.max(jnp.stack([_largest(losses), *sizes]))
+
+
+@eqx.filter_jit
+def _gradient_terms(model: Model) -> Scalar:
+    """The size of the terms that cancel in the gradient at an optimum: Jᵀ of the slopes with other signs.
+
+    Where an output fits its target, its slope is a rounded zero; the slope at an output of zero stands for what was
+    subtracted.
+    """
+    with full_precision():
+        outputs, pull, constants = jax.vjp(
+            lambda params: real_outputs(model.forward, params, model.data[0], model.batched),
+            model.params,
+            has_aux=True,
+        )
+        _, here, origin = _slopes(model, outputs, constants)
+
+        def signed(a: Array, b: Array) -> Array:
+            size = jnp.maximum(_finite(a), _finite(b)) / model.num_examples
+            return size * jax.random.rademacher(jax.random.key(0), size.shape, size.dtype)
+
+        return jnp.max(
+            jnp.stack([_largest(leaf) for leaf in jtu.tree_leaves(pull(jtu.tree_map(signed, here, origin)))])
+        )
+
+
+def _slopes(model: Model, outputs: PyTree, constants: PyTree) -> tuple[Array, PyTree, PyTree]:
+    """The examples' losses, and their derivatives by the outputs: there, and at outputs of zero."""
+
+    def loss(output: PyTree, constant: PyTree, target: PyTree) -> Scalar:
+        return as_scalar(model.loss(eqx.combine(output, constant), target))
+
+    slopes = jax.vmap(jax.value_and_grad(loss))
+    losses, here = slopes(outputs, constants, model.data[1])
+    return losses, here, slopes(jtu.tree_map(jnp.zeros_like, outputs), constants, model.data[1])[1]
+
+
+def _finite(leaf: Array) -> Array:
+    return jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0)
+
+
+def _largest(leaf: Array) -> Scalar:
+    return jnp.max(_finite(leaf), initial=0)
+
+
 def _is_number_list(node: Any) -> bool:
     """A list that holds numbers, or lists of numbers, at every depth."""
     return isinstance(node, list) and len(node) > 0 and all(_is_number(x) or _is_number_list(x) for x in node)
@@ -219,43 +311,3 @@ def _join_lists(tree: PyTree, name: str) -> PyTree:
 def _to_jax(tree: PyTree) -> PyTree:
     """Arrays on the device; whatever is no array stays."""
     return jtu.tree_map(lambda leaf: jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf, tree)
-
-
-def _compare(name: str, params: PyTree, ours: PyTree, expected: PyTree, rtol: float | None) -> None:
-    if jtu.tree_structure(ours) != jtu.tree_structure(expected):
-        raise ValueError(
-            f"`{name}` must have the structure {jtu.tree_structure(ours)}, got {jtu.tree_structure(expected)}."
-        )
-    worst: tuple[float, str] | None = None
-    sizes = [np.max(np.abs(np.asarray(leaf, np.float64)), initial=0) for leaf in jtu.tree_leaves(expected)]
-    overall = float(max(sizes, default=0)) or 1.0
-    pairs = zip(jtu.tree_leaves_with_path(ours), jtu.tree_leaves(expected), strict=True)
-    for (path, leaf), other in pairs:
-        place = f"`{name}{jtu.keystr(path)}`"
-        if jnp.shape(leaf) != np.shape(other):
-            raise ValueError(f"{place} must have shape {jnp.shape(leaf)}, got {np.shape(other)}.")
-        dtypes = [np.asarray(leaf).dtype, np.asarray(other).dtype, *(x.dtype for x in jtu.tree_leaves(params))]
-        single = any(dtype.name == "bfloat16" or (dtype.kind == "f" and dtype.itemsize < 8) for dtype in dtypes)
-        tolerance = (1e-4 if single else 1e-8) if rtol is None else rtol
-        mine, theirs = np.asarray(leaf, np.float64), np.asarray(other, np.float64)
-        if mine.size == 0:
-            continue
-        gap = np.abs(mine - theirs)
-        # A leaf that should be zero is measured against what the others of its kind amount to.
-        peak = float(np.max(np.abs(theirs))) or overall
-        finite = bool(np.all(np.isfinite(gap)))
-        relative = float(np.max(gap)) / peak if finite else np.inf
-        if relative > tolerance and (worst is None or relative > worst[0]):
-            at = np.unravel_index(int(np.argmax(np.where(np.isfinite(gap), gap, np.inf))), gap.shape)
-            index = tuple(int(i) for i in at)
-            worst = (
-                relative,
-                f"{place} differs by {float(gap[index]):.3g} at {index}: got {float(mine[index]):.9g}, expected "
-                f"{float(theirs[index]):.9g}. Relative to the largest entry that is {relative:.3g}, above the "
-                f"tolerance {tolerance:.3g}.",
-            )
-    if worst is not None:
-        raise ValueError(
-            f"{worst[1]} Usual causes: train instead of eval mode (dropout, batch statistics), a sum for a mean in the "
-            "loss, another dtype, transposed weights, another order of the examples."
-        )

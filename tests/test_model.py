@@ -68,7 +68,7 @@ def test_verify_accepts_itself_and_names_the_largest_difference():
     model.verify(model.outputs(), float(model.loss_value()), model.gradient())
     outputs = np.array(model.outputs())
     outputs[2, 1] += 0.5
-    with pytest.raises(ValueError, match=r"outputs.*0\.5 at \(2, 1\).*tolerance 0\.0001.*eval"):
+    with pytest.raises(ValueError, match=r"tolerance 0\.0001: outputs: .*at `outputs` \(2, 1\).*eval"):
         model.verify(outputs=outputs)
     gradient = jax.tree.map(np.array, model.gradient())
     gradient["b"][0] *= 2
@@ -78,6 +78,11 @@ def test_verify_accepts_itself_and_names_the_largest_difference():
         model.verify(loss=2 * model.loss_value())
     with pytest.raises(ValueError, match=r"nan|inf"):
         model.verify(loss=float("nan"))
+    lost = hj.Model(jax.tree.map(lambda leaf: leaf * np.nan, model.params), DATA, linear, squared)
+    with pytest.raises(ValueError, match=r"nan|inf"):
+        lost.verify(lost.outputs(), lost.loss_value(), lost.gradient())
+    with pytest.raises(ValueError, match=r"nan|inf"):
+        lost.verify(model.outputs())
     with pytest.raises(ValueError, match="shape"):
         model.verify(outputs=outputs[:2])
     with pytest.raises(ValueError, match="something to compare"):
@@ -102,3 +107,74 @@ def test_optax_losses_fit(x64):
     np.testing.assert_allclose(model.loss_value(), 2.0)
     with pytest.raises(ValueError, match=r"scalar, got shape \(2,\)"):
         hj.Model(PARAMS, DATA, linear, optax.losses.l2_loss).loss_value()
+
+
+def test_at_an_optimum_a_port_is_measured_against_the_terms_that_cancel(x64):
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(8, 6)), rng.normal(size=(6, 3))
+    fitted = np.linalg.lstsq(x, x @ w)[0]
+    model = hj.Model({"w": fitted}, (x, x @ w), lambda p, x: x @ p["w"], squared)
+    residual = np.einsum("ni,ij->nj", x, fitted) - x @ w  # summed in another order
+    assert np.sum(residual**2) < 1e-25
+    loss = np.mean(np.sum(residual**2, 1))
+    model.verify(x @ fitted, loss, {"w": x.T @ residual / 4})
+    with pytest.raises(ValueError, match="loss"):
+        model.verify(loss=loss + 1e-9)
+    with pytest.raises(ValueError, match="gradient"):
+        model.verify(gradient={"w": x.T @ residual / 4 + 1e-9})
+
+
+def attention(params, x):
+    q, k, v = (x @ params[name]["w"] + params[name]["b"] for name in "qkv")
+    return jax.nn.softmax(q @ k.T) @ v
+
+
+def attention_model(dtype):
+    rng = np.random.default_rng(1)
+    params = {name: {"w": rng.normal(size=(4, 4)), "b": rng.normal(size=4)} for name in "qkv"}
+    params["q"]["w"] *= 3
+    data = rng.normal(size=(5, 7, 4)), rng.normal(size=(5, 7, 4))
+    return hj.Model(*jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, data)), attention, squared)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_bias_without_effect_has_a_gradient_of_rounding(x64, dtype):
+    model = attention_model(dtype)
+    gradient = jax.tree.map(np.array, model.gradient())
+    unit = np.finfo(dtype).eps * np.max(np.abs(gradient["v"]["w"]))
+    assert 0 < np.max(np.abs(gradient["k"]["b"])) < 10 * unit
+    gradient["k"]["b"] = gradient["k"]["b"][::-1] + unit
+    model.verify(gradient=gradient)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("leaf", [("q", "w"), ("v", "b")])
+def test_a_small_leaf_is_refused_when_it_is_wrong_by_a_hundredth(x64, dtype, leaf):
+    model = attention_model(dtype)
+
+    def scaled(params, x):
+        part, name = leaf
+        small = jax.lax.stop_gradient(params[part][name]) * (1 - 1e-3) + 1e-3 * params[part][name]
+        return attention({**params, part: {**params[part], name: small}}, x)
+
+    model = hj.Model(model.params, model.data, scaled, squared)
+    gradient = jax.tree.map(np.array, model.gradient())
+    peak = max(np.max(np.abs(g)) for g in jax.tree.leaves(gradient))
+    part, name = leaf
+    assert np.max(np.abs(gradient[part][name])) < 2e-3 * peak
+    model.verify(gradient=gradient)
+    gradient[part][name] *= 1.01
+    with pytest.raises(ValueError, match=rf"gradient\['{part}'\]\['{name}'\]"):
+        model.verify(gradient=gradient)
+
+
+def test_a_confident_model_has_a_loss_of_rounding(x64):
+    x, y = np.eye(4), np.arange(4)
+    model = hj.Model(
+        {"w": 40 * x}, (x, y), lambda p, x: x @ p["w"], optax.losses.softmax_cross_entropy_with_integer_labels
+    )
+    exact = np.log1p(3 * np.exp(-40.0))
+    assert abs(float(model.loss_value()) - exact) > 1e-2 * exact
+    model.verify(loss=exact)
+    with pytest.raises(ValueError, match="loss"):
+        model.verify(loss=1e-8)

@@ -71,9 +71,14 @@ def from_equinox(
         params, frozen = eqx.partition(params, _spec(trainable, params))
         static = eqx.combine(frozen, static)
 
+    def call(params: PyTree | None, x: PyTree) -> PyTree:
+        """The module's own call, in inference mode."""
+        module = resting if params is None else eqx.combine(params, resting)
+        return module(*as_arguments(x), **kwargs) if state is None else module(*as_arguments(x), state, **kwargs)[0]
+
+    source = call if batched else mapped(call)
     forward = _Forward(static, state, kwargs)
-    call = forward if batched else mapped(forward)
-    return port("equinox", params, data, forward, loss, batched=batched, verify=verify, call=call)
+    return port("equinox", params, data, forward, loss, batched=batched, verify=verify, call=source)
 
 
 def _spec(trainable: Any, params: PyTree) -> PyTree:

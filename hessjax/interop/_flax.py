@@ -1,13 +1,12 @@
 """From a flax module, linen or nnx, to a `Model`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from hessjax.interop._jax_source import as_arguments, mapped, missing, port, split_arrays
+from hessjax.interop._jax_source import Call, as_arguments, mapped, missing, port, split_arrays
 from hessjax.interop._parity import Ported
 
 
@@ -85,8 +84,7 @@ def from_flax(
     if isinstance(module, linen.Module):
         if trainable is not None:
             raise ValueError("`trainable` filters nnx modules. For linen, leave frozen collections out of `params`.")
-        params, forward = _of_linen(module, variables, kwargs)
-        call = forward
+        params, forward, call = _of_linen(module, variables, kwargs)
     elif isinstance(module, nnx.Module):
         if variables is not None:
             raise ValueError("`variables` belongs to linen modules; an nnx module holds its own.")
@@ -97,7 +95,7 @@ def from_flax(
     return port("flax", params, data, forward, loss, batched=batched, verify=verify, call=call)
 
 
-def _of_linen(module: Any, variables: Any, kwargs: dict[str, Any]) -> tuple[PyTree, Any]:
+def _of_linen(module: Any, variables: Any, kwargs: dict[str, Any]) -> tuple[PyTree, Any, Call]:
     from flax import core
 
     if variables is None or "params" not in variables:
@@ -105,10 +103,16 @@ def _of_linen(module: Any, variables: Any, kwargs: dict[str, Any]) -> tuple[PyTr
         raise ValueError(f'A linen module needs `variables=` with a collection "params", got {got}.')
     rest = dict(core.meta.unbox(core.unfreeze(variables)))
     params, frozen = split_arrays(rest.pop("params"))
-    return params, _Linen(module, frozen, rest, kwargs)
+
+    def call(params: PyTree | None, inputs: PyTree) -> PyTree:
+        """The module's own `apply`."""
+        own = variables if params is None else {**variables, "params": eqx.combine(params, frozen)}
+        return module.apply(own, *as_arguments(inputs), **kwargs)
+
+    return params, _Linen(module, frozen, rest, kwargs), call
 
 
-def _of_nnx(module: Any, trainable: Any, kwargs: dict[str, Any]) -> tuple[PyTree, Any, Callable[..., PyTree]]:
+def _of_nnx(module: Any, trainable: Any, kwargs: dict[str, Any]) -> tuple[PyTree, Any, Call]:
     from flax import nnx
 
     resting = nnx.view(module, deterministic=True, use_running_average=True, raise_if_not_found=False)
@@ -116,12 +120,13 @@ def _of_nnx(module: Any, trainable: Any, kwargs: dict[str, Any]) -> tuple[PyTree
     params = nnx.to_pure_dict(state)
     forward = _Nnx(graph, state, rest, kwargs)
 
-    def call(params: PyTree, inputs: PyTree) -> PyTree:
-        """The module's own call, on a copy that holds `params`."""
+    def call(params: PyTree | None, inputs: PyTree) -> PyTree:
+        """The module's own call, on a copy."""
         copy = nnx.clone(resting)
-        part = nnx.state(copy, trainable)
-        nnx.replace_by_pure_dict(part, params)
-        nnx.update(copy, part)
+        if params is not None:
+            part = nnx.state(copy, trainable)
+            nnx.replace_by_pure_dict(part, params)
+            nnx.update(copy, part)
         return copy(*as_arguments(inputs), **kwargs)
 
     return params, forward, call

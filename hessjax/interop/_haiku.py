@@ -1,5 +1,6 @@
 """From a transformed haiku function to a `Model`."""
 
+import inspect
 from typing import Any
 
 import equinox as eqx
@@ -11,16 +12,15 @@ from hessjax.interop._parity import Ported
 
 class _Forward(eqx.Module):
     apply: Any = eqx.field(static=True)
+    stateful: bool = eqx.field(static=True)
     frozen: PyTree
-    state: Any
-    rng: Any
+    fixed: tuple[Any, ...]  # the state and the key, where `apply` takes them
     kwargs: dict[str, Any]
 
     def __call__(self, params: PyTree, inputs: PyTree) -> PyTree:
         full = eqx.combine(params, self.frozen)
-        if self.state is None:
-            return self.apply(full, self.rng, *as_arguments(inputs), **self.kwargs)
-        return self.apply(full, self.state, self.rng, *as_arguments(inputs), **self.kwargs)[0]
+        outputs = self.apply(full, *self.fixed, *as_arguments(inputs), **self.kwargs)
+        return outputs[0] if self.stateful else outputs
 
 
 def from_haiku(
@@ -35,7 +35,7 @@ def from_haiku(
     verify: Any = "gradient",
     **kwargs: Any,
 ) -> Ported:
-    """Makes a `Model` of a function under `hk.transform` or `hk.transform_with_state`.
+    """Makes a `Model` of a function under `hk.transform` or `hk.transform_with_state`, also `hk.without_apply_rng`.
 
     Args:
         transformed: what haiku's transform returned. It is called on a batch as `f(x)`, and as `f(*x)` where the
@@ -55,7 +55,8 @@ def from_haiku(
     Raises:
         ImportError: haiku is not installed.
         TypeError: `transformed` is not haiku's, or a parameter is not real.
-        ValueError: the state is missing or one too many, or outputs depend on the other examples, or differ.
+        ValueError: the state is missing or one too many, `rng` is given to a function without one, or outputs depend
+            on the other examples, or differ.
     """
     try:
         import haiku as hk
@@ -70,7 +71,24 @@ def from_haiku(
     if stateful != (state is not None):
         got = "it is missing" if stateful else "this one has none"
         raise ValueError(f"A function under `hk.transform_with_state` needs `state=`, and only that: {got}.")
-    params, frozen = split_arrays(dict(params))
-    forward = _Forward(transformed.apply, frozen, state, rng, kwargs)
-    call = forward if batched else mapped(forward)
-    return port("haiku", params, data, forward, loss, batched=batched, verify=verify, call=call)
+    draws = _takes_key(transformed.apply, stateful)
+    if rng is not None and not draws:
+        raise ValueError("A function under `hk.without_apply_rng` takes no key: leave `rng` out.")
+    fixed = (*((state,) if stateful else ()), *((rng,) if draws else ()))
+    trained, frozen = split_arrays(dict(params))
+
+    def call(own: PyTree | None, inputs: PyTree) -> PyTree:
+        """The function's own `apply`."""
+        variables = params if own is None else eqx.combine(own, frozen)
+        outputs = transformed.apply(variables, *fixed, *as_arguments(inputs), **kwargs)
+        return outputs[0] if stateful else outputs
+
+    source = call if batched else mapped(call)
+    forward = _Forward(transformed.apply, stateful, frozen, fixed, kwargs)
+    return port("haiku", trained, data, forward, loss, batched=batched, verify=verify, call=source)
+
+
+def _takes_key(apply: Any, stateful: bool) -> bool:
+    """Whether a key follows the parameters and the state, as haiku's signature says."""
+    leading = list(inspect.signature(apply).parameters)[: 3 if stateful else 2]
+    return leading[-1] == "rng"

@@ -10,21 +10,13 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from hessjax._compare import tolerance_in
 from hessjax._function import full_precision
-from hessjax._model import Model
+from hessjax._model import Model, differences
 from hessjax._vectors import scalar_dtype
-from hessjax.interop._parity import (
-    Parity,
-    Ported,
-    check_independence,
-    check_verify,
-    demand,
-    difference,
-    take,
-    tolerance_in,
-)
+from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_independence, check_verify, demand, take
 
-_EXAMPLES = 8  # on which port and source are compared
+Call = Callable[[PyTree | None, PyTree], PyTree]
 
 
 def missing(caller: str, package: str, extra: str) -> ImportError:
@@ -43,7 +35,7 @@ def split_arrays(tree: PyTree) -> tuple[PyTree, PyTree]:
     return params, jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, rest)
 
 
-def mapped(call: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree], PyTree]:
+def mapped(call: Call) -> Call:
     """A call on one example, as one on a batch."""
     return lambda params, inputs: jax.vmap(lambda x: call(params, x))(inputs)
 
@@ -61,9 +53,12 @@ def port(
     *,
     batched: bool,
     verify: Any,
-    call: Callable[[PyTree, PyTree], PyTree],
+    call: Call,
 ) -> Ported:
-    """The model, compared with the source's own call on a batch, `call(params, inputs)`.
+    """The model, compared with the source's own call on a batch.
+
+    That is `call(params, inputs)`: the source with `params` in place of its own, or as it is where `params` is None. It
+    shares nothing with `forward`, or the comparison could not fail.
 
     Raises:
         ValueError: there is no parameter, the comparison fails, or examples depend on each other.
@@ -74,26 +69,20 @@ def port(
     check_verify(verify, f"from_{source}")
     if verify is False:
         return model
-    count = min(model.num_examples, _EXAMPLES)
+    count = min(model.num_examples, EXAMPLES)
     inputs, targets = take(model.data, 0, count)
     ours = Model(model.params, (inputs, targets), model.forward, model.loss, batched=batched)
-    tolerance = tolerance_in(scalar_dtype(model.params))
+    dtype = scalar_dtype(model.params)
+    tolerance = tolerance_in(dtype)
 
-    def mean_loss(params: PyTree) -> tuple[Any, PyTree]:
-        outputs = call(params, inputs)
-        return jnp.mean(jax.vmap(model.loss)(outputs, targets)), outputs
+    def mean_loss(params: PyTree) -> Any:
+        return jnp.mean(jax.vmap(model.loss)(call(params, inputs), targets))
 
     with full_precision():
-        if verify == "output":
-            outputs = call(model.params, inputs)
-            found = [difference("outputs", ours.outputs(), outputs)]
-        else:
-            (value, outputs), gradient = eqx.filter_jit(jax.value_and_grad(mean_loss, has_aux=True))(model.params)
-            found = [
-                difference("outputs", ours.outputs(), outputs),
-                difference("loss", ours.loss_value(), value),
-                difference("gradient", ours.gradient(), gradient),
-            ]
-        check_independence(lambda part: call(model.params, part), inputs, outputs, tolerance)
-    dtype = str(np.dtype(scalar_dtype(model.params)))
-    return model.proven(demand(Parity(source, count, dtype, tolerance, tuple(found))))
+        ours.outputs()  # before the source's: the port says what to do about a module in train mode
+        outputs, value, gradient = call(None, inputs), None, None
+        if verify == "gradient":
+            value, gradient = eqx.filter_jit(jax.value_and_grad(mean_loss))(model.params)
+        found = differences(ours, outputs, value, gradient, dtype)
+        check_independence(lambda part: call(None, part), inputs, outputs, tolerance)
+    return model.proven(demand(Parity(source, count, str(dtype), tolerance, found)))

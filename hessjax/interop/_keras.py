@@ -73,7 +73,14 @@ def from_keras(model: Any, data: Any, loss: Any, *, verify: Any = "gradient", **
     params = {name: jnp.asarray(v.value) for name, v in zip(names, model.trainable_variables, strict=True)}
     rest = [jnp.asarray(v.value) for v in model.non_trainable_variables]
     forward = _Forward(model, tuple(names), rest, kwargs)
-    return port("keras", params, data, forward, loss, batched=True, verify=verify, call=forward)
+
+    def call(params: PyTree | None, inputs: PyTree) -> PyTree:
+        """The model's own call. In the scope its variables keep their values, whatever the call assigns to them."""
+        values = [] if params is None else zip(model.trainable_variables, map(params.get, names), strict=True)
+        with keras.StatelessScope(state_mapping=list(values)):
+            return model(list(inputs) if isinstance(inputs, tuple) else inputs, training=False, **kwargs)
+
+    return port("keras", params, data, forward, loss, batched=True, verify=verify, call=call)
 
 
 def _keras() -> Any:

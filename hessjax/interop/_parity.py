@@ -14,35 +14,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from hessjax._compare import Difference, difference
+from hessjax._compare import tolerance_in as tolerance_in
 from hessjax._model import Model
 
 _CAUSES = (
     "Usual causes: train instead of eval mode, normalisation over the batch, random layers, another dtype, a sum for a "
     "mean in the loss, a derivative that the source switches off (`no_grad`, custom functions)."
 )
-_NEGLIGIBLE = 1e-3  # leaves below this share of the largest are measured against that share: theirs may be rounding
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The largest difference between port and source in one quantity.
-
-    Attributes:
-        quantity: "outputs", "loss" or "gradient".
-        relative: max |port - source| over one leaf, divided by the leaf's largest entry; of all leaves, the largest.
-        place: the leaf and the index in it.
-        port: the port's number there.
-        source: the source's.
-    """
-
-    quantity: str
-    relative: float
-    place: str
-    port: float
-    source: float
-
-    def __str__(self) -> str:
-        return f"{self.quantity}: {self.relative:.1e} at {self.place}, {self.port:.9g} for {self.source:.9g}"
+EXAMPLES = 8  # on which port and source are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +72,6 @@ def check_verify(verify: Any, caller: str) -> None:
         raise ValueError(f'`{caller}` takes `verify="gradient"`, `"output"` or False, got {verify!r}.')
 
 
-def tolerance_in(dtype: Any) -> float:
-    """1e-8 in float64, 1e-4 in float32 and 5e-2 in half precision: room for the order of sums, not for an error."""
-    size = np.dtype(dtype).itemsize
-    return 1e-8 if size >= 8 else 1e-4 if size == 4 else 5e-2
-
-
 def demand(parity: Parity) -> Parity:
     """Returns `parity` if it holds.
 
@@ -107,38 +81,6 @@ def demand(parity: Parity) -> Parity:
     if all(difference.relative <= parity.tolerance for difference in parity.differences):
         return parity
     raise ValueError(f"The port disagrees with its source. {parity}\n{_CAUSES}")
-
-
-def difference(quantity: str, port: PyTree, source: PyTree) -> Difference:
-    """The largest relative difference between two pytrees of one structure.
-
-    Raises:
-        ValueError: their structures or shapes differ.
-    """
-    mine, theirs = jtu.tree_leaves_with_path(port), jtu.tree_leaves_with_path(source)
-    shapes = [{jtu.keystr(path): np.shape(leaf) for path, leaf in leaves} for leaves in (mine, theirs)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"The port's {quantity} have shapes {shapes[0]}, the source's {shapes[1]}.")
-    peaks = [_peak(leaf) for _, leaf in theirs]
-    floor = _NEGLIGIBLE * max(peaks, default=0.0)
-    worst = Difference(quantity, 0.0, "no array", 0.0, 0.0)
-    for (path, ours), (_, other), peak in zip(mine, theirs, peaks, strict=True):
-        a, b = np.asarray(ours, np.float64), np.asarray(other, np.float64)
-        if a.size == 0:
-            continue
-        # Equal infinities agree, as in masked scores.
-        gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
-        gap = np.where(np.isnan(gap), np.inf, gap)
-        at = tuple(int(i) for i in np.unravel_index(int(np.argmax(gap)), gap.shape))
-        relative = float(gap[at]) / (max(peak, floor) or 1.0)
-        if relative >= worst.relative:
-            worst = Difference(quantity, relative, f"`{quantity}{jtu.keystr(path)}` {at}", float(a[at]), float(b[at]))
-    return worst
-
-
-def _peak(leaf: Any) -> float:
-    values = np.abs(np.asarray(leaf, np.float64))
-    return float(np.max(values, initial=0.0, where=np.isfinite(values)))
 
 
 def check_independence(outputs_of: Callable[[PyTree], PyTree], inputs: PyTree, whole: PyTree, tolerance: float) -> None:

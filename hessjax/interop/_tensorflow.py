@@ -10,12 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from hessjax._model import Model
+from hessjax._compare import tolerance_in
+from hessjax._model import Model, differences
 from hessjax.interop._jax_source import missing
 from hessjax.interop._keras import _ROUTE, from_keras, unique_names
-from hessjax.interop._parity import Parity, Ported, check_verify, demand, difference, take, tolerance_in
-
-_EXAMPLES = 8
+from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_verify, demand, take
 
 
 def from_tensorflow(
@@ -120,7 +119,7 @@ def _proof(
     verify: Any,
     kwargs: dict[str, Any],
 ) -> Parity:
-    count = min(model.num_examples, _EXAMPLES)
+    count = min(model.num_examples, EXAMPLES)
     inputs, targets = take(model.data, 0, count)
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     tensors = jtu.tree_map(lambda leaf: tf.constant(np.asarray(leaf)), given)
@@ -129,7 +128,7 @@ def _proof(
         outputs = call(*tensors, **kwargs)
     theirs = jtu.tree_map(_to_numpy, outputs)
     ours = Model(model.params, (inputs, targets), model.forward, model.loss)
-    found = [difference("outputs", ours.outputs(), theirs)]
+    value = gradient = None
     if verify == "gradient":
 
         def mean_loss(outputs: PyTree) -> Any:
@@ -139,6 +138,6 @@ def _proof(
         seeds = jtu.tree_map(lambda w: tf.constant(np.asarray(w)), weights)
         slopes = tape.gradient(outputs, held, output_gradients=seeds, unconnected_gradients="zero")
         gradient = {name: np.asarray(tf.convert_to_tensor(s)) for name, s in zip(names, slopes, strict=True)}
-        found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
     dtype = np.dtype(next(iter(model.params.values())).dtype)
-    return demand(Parity("TensorFlow", count, str(dtype), tolerance_in(dtype), tuple(found)))
+    found = differences(ours, theirs, value, gradient, dtype)
+    return demand(Parity("TensorFlow", count, str(dtype), tolerance_in(dtype), found))

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import hessjax as hj
+from hessjax.interop import _equinox
 
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0)).reshape(6, 4)
@@ -86,3 +87,13 @@ def test_chance_and_coupling_are_refused(key):
         hj.from_equinox(eqx.nn.Identity(), (X, Y), cross_entropy)
     with pytest.raises(ValueError, match=r'"gradient".*True'):
         hj.from_equinox(Net(key), (X, Y), cross_entropy, verify=True)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_port_that_differs_from_the_module_is_refused(key, monkeypatch, batched):
+    linear = eqx.nn.Linear(4, 3, key=key)
+    module = eqx.filter_vmap(linear) if batched else linear
+    right = _equinox._Forward.__call__
+    monkeypatch.setattr(_equinox._Forward, "__call__", lambda *args: 2 * right(*args) + 1)
+    with pytest.raises(ValueError, match=r"disagrees.*\n.*outputs: "):
+        hj.from_equinox(module, (X, Y), cross_entropy, batched=batched)

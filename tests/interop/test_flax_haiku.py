@@ -6,6 +6,7 @@ import optax
 import pytest
 
 import hessjax as hj
+from hessjax.interop import _flax, _haiku
 
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 X = np.sin(np.arange(24.0, dtype=np.float64)).reshape(6, 4)
@@ -106,3 +107,47 @@ def test_haiku_without_state_on_one_example(key):
     params = function.init(key, X[0])
     model = hj.from_haiku(function, (X, Y), cross_entropy, params=params, batched=False)
     np.testing.assert_allclose(model.outputs(), function.apply(params, None, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["transform", "transform_with_state"])
+def test_haiku_without_a_key_is_haiku_with_one(key, transform):
+    hk = pytest.importorskip("haiku")
+    with_key = getattr(hk, transform)(lambda x: hk.Linear(3)(x))
+    without = hk.without_apply_rng(with_key)
+    made = with_key.init(key, X)
+    given = {"params": made} if transform == "transform" else dict(zip(("params", "state"), made, strict=True))
+    models = [hj.from_haiku(f, (X, Y), cross_entropy, **given) for f in (with_key, without)]
+    np.testing.assert_array_equal(models[0].outputs(), models[1].outputs())
+    with pytest.raises(ValueError, match=r"without_apply_rng.*leave `rng` out"):
+        hj.from_haiku(without, (X, Y), cross_entropy, rng=key, **given)
+
+
+@pytest.mark.parametrize("port", [_flax._Linen, _flax._Nnx, _haiku._Forward])
+@pytest.mark.parametrize("verify", ["output", "gradient"])
+def test_a_port_that_differs_from_its_source_is_refused(key, monkeypatch, port, verify):
+    nn, nnx, hk = map(pytest.importorskip, ("flax.linen", "flax.nnx", "haiku"))
+    dense, function = nn.Dense(3), hk.transform(lambda x: hk.Linear(3)(x))
+    made = {
+        _flax._Linen: lambda: hj.from_flax(dense, *rest, variables=dense.init(key, X), verify=verify),
+        _flax._Nnx: lambda: hj.from_flax(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), *rest, verify=verify),
+        _haiku._Forward: lambda: hj.from_haiku(function, *rest, params=function.init(key, X), verify=verify),
+    }
+    rest = (X, Y), cross_entropy
+    right = port.__call__
+    monkeypatch.setattr(port, "__call__", lambda *args: 2 * right(*args) + 1)
+    with pytest.raises(ValueError, match=r"disagrees.*\n.*outputs: "):
+        made[port]()
+
+
+def test_a_linen_gradient_that_differs_is_refused(key, monkeypatch):
+    nn = pytest.importorskip("flax.linen")
+    dense, right = nn.Dense(3), _flax._Linen.__call__
+
+    def stopped(self, params, x):
+        return right(self, params | {"bias": jax.lax.stop_gradient(params["bias"])}, x)
+
+    monkeypatch.setattr(_flax._Linen, "__call__", stopped)
+    variables = dense.init(key, X)
+    hj.from_flax(dense, (X, Y), cross_entropy, variables=variables, verify="output")
+    with pytest.raises(ValueError, match=r"disagrees(.*\n)+.*at `gradient\['bias'\]`"):
+        hj.from_flax(dense, (X, Y), cross_entropy, variables=variables)

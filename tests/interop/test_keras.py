@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import hessjax as hj
+from hessjax.interop import _keras
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
 
@@ -86,6 +87,14 @@ def test_what_tensorflow_trained_is_the_same_under_jax(keras, name):
 def names_of(model):
     """The parameters' names in Keras's order."""
     return model.forward.inner.names
+
+
+def test_a_port_that_differs_from_the_model_is_refused(keras, monkeypatch):
+    net = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    right = _keras._Forward.__call__
+    monkeypatch.setattr(_keras._Forward, "__call__", lambda *args: 2 * right(*args) + 1)
+    with pytest.raises(ValueError, match=r"disagrees.*\n.*outputs: "):
+        hj.from_keras(net, (X, Y), cross_entropy)
 
 
 def test_what_is_no_keras_model_is_named(keras):
