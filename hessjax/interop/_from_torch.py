@@ -26,17 +26,16 @@ def from_torch(
     state, default dtype and device are left as they were; weights are copied. The port and PyTorch are then compared
     on up to 8 examples spread over the data, in float64 even for a float32 module, where it can run so; with x64 off,
     their outputs once more in the dtypes that the port will have; and where the module switches derivatives off, at
-    other parameters too. Attention is computed by its formula and transformer layers by their
-    parts, in the port and in the comparison: torch's fused kernels have no second
-    derivative. The second derivative is JAX's own, so that it is right where torch's is wrong (`weight_norm`).
+    other parameters too. Attention is computed by its formula and transformer layers by their parts, in the port and in
+    the comparison: torch's fused kernels have no second derivative. The second derivative is JAX's own, so that it is
+    right where torch's is wrong (`weight_norm`).
 
     Args:
         module: a `torch.nn.Module` on the CPU; under `torch.compile`, the module inside counts. A Hugging Face model's
             output is its `logits`.
         data: `(inputs, targets)` as tensors or arrays (of NumPy, float64 counts as float32 while x64 is off), the
-            examples on the leading axis, or a Dataset or DataLoader of
-            such pairs, read once. A tuple of inputs is several arguments, a dict named ones. Of batches that are
-            dicts, `labels` is the target.
+            examples on the leading axis, or a Dataset or DataLoader of such pairs, read once. A tuple of inputs is
+            several arguments, a dict named ones. Of batches that are dicts, `labels` is the target.
         loss: `loss(output, target)`, a scalar: in JAX on one example, as those of `optax.losses`; or PyTorch's on a
             batch, such as `nn.CrossEntropyLoss()`, which is converted too, and has to be a mean over the examples
             (no class weights, no `ignore_index`), of the outputs alone (no penalty on the parameters).

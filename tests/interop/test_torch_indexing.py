@@ -49,6 +49,7 @@ def test_a_write_outside_leaves_no_number(name, wrong):
         assert bool(jnp.isnan(found).all())
 
 
+@pytest.mark.slow
 def test_tokens_that_no_embedding_has_show_in_outputs_and_products():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 3))

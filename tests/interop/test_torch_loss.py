@@ -25,6 +25,7 @@ def test_a_loss_that_is_no_mean_over_the_examples_is_refused_on_sorted_data(name
         hj.from_torch(module, (x, torch.tensor(targets)), loss)
 
 
+@pytest.mark.slow
 def test_means_are_taken_for_means():
     module, x = linear(100)
     for loss, targets in (

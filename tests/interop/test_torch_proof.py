@@ -56,6 +56,7 @@ def test_what_needs_64_bits_is_refused_without_x64_and_right_with_it():
             hj.from_torch(module, seeded(rows), cross_entropy)
 
 
+@pytest.mark.slow
 def test_a_deep_network_in_single_precision_is_none_of_these():
     with jax.enable_x64(False):
         layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()) for _ in range(20)]

@@ -86,9 +86,12 @@ class Source:
 
 def failed(error: Exception, inputs: Any, module: torch.nn.Module) -> ValueError:
     """What to say where the module, or the loss after it, does not run in PyTorch on the user's data."""
-    tensors = [f"{tuple(leaf.shape)} in {leaf.dtype}" for leaf in jtu.tree_leaves(inputs)]
+    leaves = jtu.tree_leaves(inputs)
+    tensors = [f"{tuple(leaf.shape)} in {leaf.dtype}" for leaf in leaves]
     dtypes = sorted({str(p.dtype) for p in module.parameters()})
+    differ = any(leaf.is_floating_point() and str(leaf.dtype) not in dtypes for leaf in leaves)
+    remedy = " Convert the inputs to the parameters' dtype, as by `inputs.astype(np.float32)`." if differ else ""
     return ValueError(
         f"The module does not run in PyTorch on inputs of {', '.join(tensors)}, its parameters in {', '.join(dtypes)}: "
-        f"{error}. Where dtypes differ, convert the inputs, as by `inputs.astype(np.float32)`."
+        f"{error}.{remedy}"
     )
