@@ -113,7 +113,9 @@ def as_integer(name: str, value: Any) -> int:
 def check_key(key: Any, caller: str) -> None:
     """Raises TypeError unless `key` is None or a JAX random key."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = isinstance(key, jax.Array) and key.shape == (2,) and key.dtype == "uint32"
+    if typed and key.shape != ():
+        raise TypeError(f"`{caller}` needs one key, got {key.shape} of them. Take one, or use `jax.vmap` over them.")
+    raw = isinstance(key, jax.Array) and key.shape in ((2,), (4,)) and key.dtype == "uint32"  # threefry's, rbg's
     if key is not None and not typed and not raw:
         raise TypeError(f"`{caller}` needs a `key` such as `jax.random.key(0)`, got {key!r}.")
 

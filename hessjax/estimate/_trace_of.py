@@ -154,5 +154,6 @@ def _rules(op: Operator, key: PRNGKeyArray, probes: int, plan: Plan) -> Rules:
 def _eigenvalues(op: Operator) -> Float[Array, " n"]:
     arrays, rest = eqx.partition(op, eqx.is_array)
     fixed = eqx.combine(lax.stop_gradient(arrays), rest)
-    pairs = dense_eigenpairs(fixed, "SA", None, op.size, jnp.zeros((), scalar_dtype(op.structure)))
+    zero = jnp.zeros((), scalar_dtype(op.structure))
+    pairs = dense_eigenpairs(fixed, "SA", None, op.size, tol=zero, floor=zero, spent=0)
     return differentiable(op, pairs.eigenvalues, pairs.eigenvectors)

@@ -11,6 +11,8 @@ from hessjax._vectors import or_one
 class Eigenpairs(eqx.Module):
     """k eigenpairs of a symmetric operator, with what is known of their errors.
 
+    Under `jax.vmap` every array has the batch's axes in front; what is read from them has them too.
+
     Attributes:
         eigenvalues: (k,), ascending.
         eigenvectors: the operator's structure with a leading axis k on every leaf, or None. Orthonormal; the entry of
@@ -35,16 +37,16 @@ class Eigenpairs(eqx.Module):
     num_matvecs: Int[Array, ""]
 
     @property
-    def simple(self) -> Bool[Array, " k"]:
+    def simple(self) -> Bool[Array, "*batch k"]:
         """(k,): which eigenvalues are known to be simple, so that their own derivative exists.
 
         An eigenvalue's true gap is within its own and its neighbour's residual of the one that was seen; here the gap
         must exceed ten residuals.
         """
-        return self.gaps > 10 * jnp.max(self.residuals)
+        return self.gaps > 10 * jnp.max(self.residuals, axis=-1, keepdims=True)
 
     @property
-    def error_bounds(self) -> Float[Array, " k"]:
+    def error_bounds(self) -> Float[Array, "*batch k"]:
         """(k,): how far each eigenvalue can be from a true one.
 
         The residual r bounds it. Where the rest of the spectrum is known to be at a distance d > r, the Kato-Temple
@@ -54,10 +56,10 @@ class Eigenpairs(eqx.Module):
         Source: Parlett, The Symmetric Eigenvalue Problem, section 10.2.
         """
         bound = jnp.where(self.isolation > self.residuals, self.residuals * self._sines(), self.residuals)
-        return jnp.maximum(bound, 4 * self.noise)
+        return jnp.maximum(bound, 4 * self.noise[..., None])
 
     @property
-    def angle_bounds(self) -> Float[Array, " k"]:
+    def angle_bounds(self) -> Float[Array, "*batch k"]:
         """(k,): the largest angle, in radians, between each eigenvector and a true one.
 
         By the theorem of Davis and Kahan its sine is at most r/d, with r the residual and d the `isolation`. π/2 where
@@ -67,7 +69,7 @@ class Eigenpairs(eqx.Module):
         """
         return jnp.where(self.isolation > self.residuals, jnp.arcsin(self._sines()), jnp.pi / 2)
 
-    def _sines(self) -> Float[Array, " k"]:
+    def _sines(self) -> Float[Array, "*batch k"]:
         return jnp.minimum(self.residuals / or_one(self.isolation), 1)
 
 

@@ -78,7 +78,8 @@ def eigsh(
         ncv: the Krylov dimension at which to restart, k < ncv ≤ n. Memory is ncv + 2k + 12 vectors, beside what a
             product needs: see `hj.memory_estimate`. Default: k + 256 as far as `memory_limit` allows, at least
             max(2k + 1, 20); for LA and LM what 8 MB hold, or 2k + 20 or 5k if that is more.
-        maxiter: restarts, the first fill counted. Default: as many as make 10 n products.
+        maxiter: restarts, the first fill counted. Default: as many as make 10 n products; inside the spectrum and above
+            n = 2048 ten stages, which on a spectrum over many magnitudes are up to 1000 n products.
         tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below the rounding of m products,
             √m eps ‖A‖; 0 asks for what the dtype and the product's noise allow.
         return_eigenvectors: whether to form them.
@@ -127,14 +128,14 @@ def eigsh(
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
     if ncv is not None and not (k < (ncv := as_integer("ncv", ncv)) <= n or k == ncv == n):
         raise ValueError(f"`ncv` must be above `k` = {k} and at most {n}, the operator's size, got {ncv}.")
-    if memory_limit is not None:
-        memory_limit = as_integer("memory_limit", memory_limit)
+    if memory_limit is not None and (memory_limit := as_integer("memory_limit", memory_limit)) < 1:
+        raise ValueError(f"`memory_limit` must be a positive number of bytes, got {memory_limit}.")
+    storage = storage_name(basis_dtype, op.structure)
     check_key(key, "eigsh")
     start = _start_block(op, key, v0)
     if n <= (_DENSE_INTERIOR_SIZE if which == "SM" else _DENSE_SIZE if start is ncv is maxiter is None else 0):
         plan = None
     else:
-        storage = storage_name(basis_dtype, op.structure)
         ncv = default_ncv(op.structure, k, which, memory_limit, storage) if ncv is None else ncv
         if maxiter is None:
             maxiter = _STAGES if which == "SM" else max(10, -(-10 * n // ncv))
@@ -149,9 +150,12 @@ def _number(name: str, value: Any, op: Operator, needed: str, least: float = -ma
         raise ValueError(f"`{name}` must be {needed} Got {value!r}.")
     if isinstance(value, Tracer):
         return value.astype(scalar_dtype(op.structure))
-    if not (least <= float(value) < math.inf and float(value) > -math.inf):
-        raise ValueError(f"`{name}` must be {needed} Got {value}.")
-    return jax.device_put(np.asarray(value, scalar_dtype(op.structure)))
+    dtype = scalar_dtype(op.structure)
+    with np.errstate(over="ignore"):
+        number = np.asarray(value, dtype)
+    if not (least <= float(number) < math.inf and float(number) > -math.inf):
+        raise ValueError(f"`{name}` must be {needed} Got {value}, in {np.dtype(dtype)} {number}.")
+    return jax.device_put(number)
 
 
 def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs | None) -> PyTree | None:
@@ -193,19 +197,19 @@ def _solve(
     frozen, start = lax.stop_gradient(eqx.filter(op, eqx.is_array)), lax.stop_gradient(start)
     fixed = eqx.combine(frozen, eqx.filter(op, eqx.is_array, inverse=True))
     tol, sigma = lax.stop_gradient((tol, sigma))
+    key = jax.random.key(0) if key is None else key
+    packed = Packed(fixed, packing)
+    floor, spent = jnp.zeros((), scalar_dtype(packed.structure)), 0
+    if measure_noise:
+        floor, spent = product_noise(packed, jax.random.fold_in(key, 2**32 - 1)), NOISE_PRODUCTS
     if plan is None:
-        pairs = dense_eigenpairs(fixed, which, sigma, k, tol)
+        pairs = dense_eigenpairs(fixed, which, sigma, k, tol, floor, spent)
         vectors = fix_signs(pairs.eigenvectors)
     else:
-        key = jax.random.key(0) if key is None else key
-        packed = Packed(fixed, packing)
         if start is None:
             block = jtu.tree_map(lambda leaf: leaf[None], draw(jax.random.fold_in(key, 0), packed.structure))
         else:
             block = packing.pack(start, batch=1)
-        floor, spent = jnp.zeros((), scalar_dtype(packed.structure)), 0
-        if measure_noise:
-            floor, spent = product_noise(packed, jax.random.fold_in(key, 2**32 - 1)), NOISE_PRODUCTS
         if which == "SM":
             pairs = nearest_eigenpairs(packed, sigma, plan, tol, key, block, floor, spent)
         else:

@@ -30,7 +30,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import combine, divide, epsilon, gram, norm, scalar_dtype, subtract
+from hessjax._vectors import combine, divide, draw, epsilon, gram, norm, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigenpairs import Eigenpairs
 from hessjax.krylov._eigh import sequential_eigh
@@ -41,6 +41,8 @@ from hessjax.operators._operator import Operator
 _GUARDS = 4  # vectors beyond the wanted ones
 _STEEPNESS = 1.5  # d w: the filter's largest value outside its window is 1 / cosh(2 d w), a tenth
 _HIGHEST_DEGREE = 256
+_POWERS = 8  # steps of the power iteration for ‖A‖
+_SAFELY = 4  # it is below ‖A‖ by no more than this factor
 
 
 class Filter(Operator):
@@ -116,7 +118,7 @@ class _Nearest(Iteration):
         edge = state.order[min(self.plan.k + _GUARDS, values.size) - 1]
         near = jnp.maximum(values - values[edge], 0) / jnp.maximum(distances + distances[edge], self.eps * radius)
         far = jnp.where(self.op.degree == 1, values + 1, values - 1 / self.op.peak) / radius
-        within = distances / jnp.square(radius)  # inside a cluster its width says nothing
+        within = distances / radius / radius  # inside a cluster its width says nothing
         return bounds * jnp.maximum(jnp.minimum(near, far), within)
 
 
@@ -171,27 +173,47 @@ def nearest_eigenpairs(
         iteration = _Nearest(stage.filter, outer, tol, jax.random.fold_in(key, stage.count), own, stage.tightening)
         return _refine(stage, floor, *iteration.run(stage.vectors))
 
+    size = _norm_estimate(op, draw(jax.random.fold_in(key, 2**32 - 2), op.structure))
+    unit = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+    op, floor = op / unit, floor / unit  # of norm 1 to `_SAFELY`, so that no square of a distance underflows
+    # From outside the spectrum every shift orders it alike, and a far one would swallow it in rounding.
+    sigma = jnp.clip(sigma / unit, -_SAFELY, _SAFELY)
     stage = lax.while_loop(goes_on, advance, _first(op, sigma, start, width))
     converged = stage.converged(tol) & (stage.residuals < jnp.inf)
+    # p(B) knows squares of distances: below this one an eigenvalue may hide nearer to the shift than those found.
+    hidden = epsilon(op.structure) ** 0.5 / 2 * stage.filter.radius
+    farthest = jnp.abs(stage.values[plan.k - 1] - sigma)
+    blind = (farthest < hidden) & (farthest > residual_bounds(stage.filter, jnp.abs(stage.values), tol)[plan.k - 1])
     # Without a certificate all k may be eigenpairs and yet not the nearest: the farthest is then in doubt.
-    doubt = ~stage.certified & jnp.all(converged[: plan.k]) & (jnp.arange(width) == plan.k - 1)
+    unsure = ~stage.certified | blind
+    doubt = unsure & jnp.all(converged[: plan.k]) & (jnp.arange(width) == plan.k - 1)
     gaps = jnp.min(jnp.abs(stage.values[:, None] - stage.values) + jnp.diag(jnp.full(width, jnp.inf)), axis=1)
     ascending = jnp.argsort(stage.values[: plan.k])
     noise = jnp.maximum(floor, epsilon(op.structure) * stage.filter.radius)
     return Eigenpairs(
-        jnp.where(jnp.isfinite(stage.residuals), stage.values, jnp.nan)[ascending],
+        jnp.where(jnp.isfinite(stage.residuals), stage.values * unit, jnp.nan)[ascending],
         jtu.tree_map(lambda leaf: leaf[ascending], stage.vectors),
-        stage.residuals[ascending],
+        stage.residuals[ascending] * unit,
         (converged & ~doubt)[ascending],
-        gaps[ascending].astype(stage.values.dtype),
+        gaps[ascending].astype(stage.values.dtype) * unit,
         jnp.zeros(plan.k, stage.values.dtype),
-        noise,
+        noise * unit,
         stage.num_matvecs + spent,
     )
 
 
+def _norm_estimate(op: Operator, vector: PyTree) -> Scalar:
+    """At most ‖A‖, and by more than a factor of `_SAFELY` below it with a probability of rounding: power iteration."""
+
+    def step(_: Array, carry: tuple[PyTree, Scalar]) -> tuple[PyTree, Scalar]:
+        image = op(divide(carry[0], norm(carry[0])))
+        return image, jnp.maximum(carry[1], norm(image))
+
+    return lax.fori_loop(0, _POWERS, step, (vector, jnp.zeros((), scalar_dtype(op.structure))))[1]
+
+
 def _first(op: Operator, sigma: Scalar, start: PyTree, width: int) -> _Stage:
-    """No pairs yet: a filter of degree 1, scaled by what one product does to the first start vector."""
+    """No pairs yet: a filter of degree 1, scaled by what one product does to the first start vector, at least by 1."""
 
     def fit(leaf: Array) -> Array:
         rows = leaf[:width]
@@ -200,12 +222,12 @@ def _first(op: Operator, sigma: Scalar, start: PyTree, width: int) -> _Stage:
     vectors = jtu.tree_map(fit, start)
     first = jtu.tree_map(lambda leaf: leaf[0], start)
     unit = divide(first, norm(first))
-    size = norm(subtract(op(unit), sigma, unit))
+    size = jnp.maximum(norm(subtract(op(unit), sigma, unit)), 1)
     dtype, zero = scalar_dtype(op.structure), jnp.zeros((), jnp.int32)
     radius = jnp.where((size > 0) & jnp.isfinite(size), size, 1).astype(dtype)
     filter = Filter(op, sigma, radius, jnp.zeros((), dtype), jnp.ones((), jnp.int32))
     unknown = jnp.full(width, jnp.inf, dtype)
-    return _Stage(filter, unknown, vectors, unknown, jnp.ones((), dtype), jnp.zeros((), bool), zero, zero + 1)
+    return _Stage(filter, unknown, vectors, unknown, jnp.ones((), dtype), jnp.zeros((), bool), zero, zero + 1 + _POWERS)
 
 
 def _refine(stage: _Stage, floor: Scalar, basis: Basis, state: State) -> _Stage:
@@ -231,6 +253,7 @@ def _refine(stage: _Stage, floor: Scalar, basis: Basis, state: State) -> _Stage:
     lowest = jnp.min(jnp.where(state.ritz.live, state.ritz.values - state.ritz.residuals, jnp.inf))
     seen = jnp.where(filter.degree == 1, filter.distance(lowest), filter.radius)
     radius = jnp.maximum(jnp.where(filter.degree == 1, 1.02, 1) * seen, edge)
+    radius = jnp.where(radius == 0, filter.radius, radius)  # A = σI
     window = jnp.clip(edge / radius, _STEEPNESS / _HIGHEST_DEGREE, 0.9)
     degree = jnp.ceil(_STEEPNESS / window).astype(jnp.int32)
     certified = state.status == CERTIFIED

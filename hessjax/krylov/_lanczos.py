@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -38,7 +39,7 @@ class Lanczos(eqx.Module):
     residual_norm: Scalar
     steps: Int[Array, ""]
 
-    def ritz(self) -> tuple[Float[Array, " num_steps"], PyTree, Float[Array, " num_steps"]]:
+    def ritz(self) -> tuple[Float[Array, "*batch num_steps"], PyTree, Float[Array, "*batch num_steps"]]:
         """Ritz values, Ritz vectors and residual bounds.
 
         Returns:
@@ -46,6 +47,8 @@ class Lanczos(eqx.Module):
             ‖A y - θ y‖ for each. Beyond `steps` values and vectors are zero and the bound is infinite, because no such
             pair exists.
         """
+        if self.diagonal.ndim > 1:  # of a `jax.vmap`
+            return jax.vmap(Lanczos.ritz)(self)
         count = self.diagonal.size
         live = jnp.arange(count) < self.steps
         matrix = jnp.diag(self.diagonal) + jnp.diag(self.off_diagonal, 1) + jnp.diag(self.off_diagonal, -1)

@@ -48,7 +48,7 @@ class Packing(eqx.Module):
         """One array per group; the first `batch` axes of every leaf are left alone."""
         leaves = jtu.tree_leaves(vector)
         return tuple(
-            leaves[group[0]]
+            jnp.squeeze(leaves[group[0]], self._thin(group[0], batch))
             if len(group) == 1
             else jnp.concatenate([leaves[i].reshape(*leaves[i].shape[:batch], -1) for i in group], axis=-1)
             for group in self.groups
@@ -62,12 +62,16 @@ class Packing(eqx.Module):
             for index in group:
                 spec = self.leaves[index]
                 if len(group) == 1:
-                    out[index] = array
+                    out[index] = jnp.expand_dims(array, self._thin(index, batch))
                     continue
                 part = array[..., start : start + size_of(spec)]
                 out[index] = part.reshape(*array.shape[:batch], *spec.shape)
                 start += size_of(spec)
         return self.treedef.unflatten([out[i] for i in range(len(self.leaves))])
+
+    def _thin(self, index: int, batch: int) -> tuple[int, ...]:
+        """A lone leaf's axes of length 1, behind `batch` others. With one, XLA copies a whole basis to lay it anew."""
+        return tuple(batch + axis for axis, length in enumerate(self.leaves[index].shape) if length == 1)
 
 
 class Packed(Operator):

@@ -109,3 +109,38 @@ def test_narrow_basis_keeps_its_word(dtype, storage, reach, x64, key, rng):
     np.testing.assert_allclose(found, wanted(values, 5, "LA"), atol=reach * scale)
     finer = hj.eigsh(op, 5, key, which="LA", tol=1e-9, basis_dtype=storage)
     assert np.all(np.asarray(finer.residuals) >= float(jnp.finfo(storage).eps) * scale)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_results_of_a_vmap_are_read_as_one_by_one(k, key):
+    def solve(scale):
+        values = scale * jnp.arange(20.0)
+        return hj.eigsh(Diagonal(values), k, key, which="LA"), hj.lanczos(Diagonal(values), 5, key)
+
+    pairs, krylov = jax.vmap(solve)(jnp.array([1.0, 1e3, 1e6]))
+    for name in ("simple", "error_bounds", "angle_bounds"):
+        one_by_one = jax.vmap(lambda p, name=name: getattr(p, name))(pairs)
+        np.testing.assert_array_equal(getattr(pairs, name), one_by_one)
+    for ours, theirs in zip(krylov.ritz(), jax.vmap(lambda x: x.ritz())(krylov), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_small_product_that_is_not_symmetric_or_not_the_same_twice_is_not_called_converged(key):
+    matrix = jnp.diag(jnp.linspace(0.0, 3.0, 100)).at[3, 7].set(5.0)
+    skew = hj.eigsh(lambda v: matrix @ v, 3, key, which="LA", like=matrix[0])
+    assert not bool(skew.converged.any())
+    assert float(skew.residuals.min()) >= float(skew.noise) > 0.1
+    draws = np.random.default_rng(0)
+
+    def trembling(v):
+        factor = jax.pure_callback(
+            lambda x: np.float32(1 + 1e-2 * draws.standard_normal()),
+            jax.ShapeDtypeStruct((), v.dtype),
+            v[0],
+            vmap_method="sequential",
+        )
+        return jnp.linspace(0.0, 2.0, 100) * v * factor
+
+    pairs = hj.eigsh(trembling, 2, key, which="LA", tol=1e-4, like=jnp.zeros(100), measure_noise=True)
+    assert not bool(pairs.converged.any())
+    assert int(pairs.num_matvecs) == 103

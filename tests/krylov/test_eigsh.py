@@ -234,3 +234,18 @@ def test_a_function_needs_like(key):
         hj.eigsh(np.eye(3), 2, key)
     pairs = hj.eigsh(lambda v: 2 * v, 2, key, like=jnp.zeros(4))
     np.testing.assert_allclose(pairs.eigenvalues, 2.0)
+
+
+def test_arguments_are_checked_at_every_size(key):
+    for n in (20, 300):
+        values = jnp.arange(float(n))
+        with pytest.raises(TypeError, match="basis_dtype"):
+            hj.eigsh(Diagonal(values), 1, key, which="LA", basis_dtype="banana")
+        with pytest.raises(ValueError, match=r"memory_limit.*-5"):
+            hj.eigsh(Diagonal(values), 1, key, which="LA", memory_limit=-5)
+        with pytest.raises(TypeError, match=r"one key.*2"):
+            hj.eigsh(Diagonal(values), 1, jax.random.split(key, 2), which="LA")
+        with pytest.raises(ValueError, match=r"sigma.*1e\+300.*float32 inf"):
+            hj.eigsh(Diagonal(values.astype(jnp.float32)), 1, key, sigma=1e300)
+    with jax.default_prng_impl("rbg"):
+        assert bool(hj.eigsh(Diagonal(values), 1, jax.random.PRNGKey(0), which="LA").converged.all())

@@ -40,6 +40,46 @@ def test_eigenvalues_nearest_to_a_shift_without_the_matrix(dtype, x64, key):
         assert int(pairs.num_matvecs) > k
 
 
+@pytest.mark.parametrize("sigma", [40.0, -1e4, 1e10])
+def test_from_far_outside_the_outermost_eigenvalues_are_nearest(sigma, x64, key):
+    group = np.sign(sigma) * (1.2 + 0.1 * np.arange(4))
+    for dtype in (jnp.float32, jnp.float64):
+        values = jnp.asarray(np.r_[OUTER, group], dtype)
+        for matrix in (values, values[-40:]):  # by filters, and from the matrix
+            pairs = hj.eigsh(Diagonal(matrix), 3, key, sigma=sigma, tol=1e-4)
+            assert bool(pairs.converged.all())
+            found = np.asarray(pairs.eigenvalues, np.float64)
+            np.testing.assert_allclose(found, np.sort(group[1:]), rtol=1e-3)
+
+
+def test_interior_solves_at_any_scale_and_of_zero(key):
+    spectrum = np.r_[OUTER, 0.1 * np.arange(-4, 4) + 0.03]
+    for scale in (1e-25, 1e-20):
+        pairs = hj.eigsh(Diagonal(jnp.asarray(scale * spectrum, jnp.float32)), 3, key, which="SM", tol=1e-4)
+        assert bool(pairs.converged.all())
+        np.testing.assert_allclose(pairs.eigenvalues, scale * nearest(spectrum, 0, 3), rtol=1e-3)
+    zero = hj.eigsh(Diagonal(jnp.zeros(N)), 3, key, which="SM", tol=1e-4)
+    assert bool(zero.converged.all())
+    assert not zero.eigenvalues.any()
+
+
+def test_a_start_at_a_tiny_eigenvalue_sets_no_scale(key):
+    spectrum = np.r_[1e-30, OUTER, np.full(7, 0.2)]
+    start = jnp.zeros(N).at[0].set(1.0)
+    pairs = hj.eigsh(Diagonal(jnp.asarray(spectrum, jnp.float32)), 1, key, which="SM", tol=1e-4, v0=start)
+    assert bool(pairs.converged.all())
+    assert abs(float(pairs.eigenvalues[0])) < 1e-6
+    assert float(pairs.residuals[0]) >= 1e-7  # no product is exact to less
+
+
+def test_what_hides_below_the_filters_sight_is_not_called_converged(x64, key):
+    x, keys = 1e-9, jax.random.split(key, 3)
+    spectrum = jnp.asarray(np.r_[x, -x / 10, x / 3, np.where(np.arange(N - 3) % 2, 1, -1) * np.linspace(1, 5, N - 3)])
+    for k in keys:
+        pairs = hj.eigsh(Diagonal(spectrum), 1, k, sigma=0.0, tol=1e-3, v0=jnp.zeros(N).at[0].set(1.0))
+        assert not bool(pairs.converged.all()) or abs(float(pairs.eigenvalues[0]) + x / 10) < 1e-12
+
+
 def test_interior_products_are_all_counted(x64, key):
     calls = []
 

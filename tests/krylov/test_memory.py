@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import Diagonal
 
@@ -75,3 +76,18 @@ def test_large_vectors_get_few_rows_where_outliers_are_wanted():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         hj.memory_estimate(Diagonal(jnp.zeros(N)), **arguments)
+
+
+@pytest.mark.parametrize("shape", [(200_000, 1), (512, 400, 1, 1), (1, 200_000)])
+def test_axes_of_length_one_cost_no_copy_of_the_basis(shape, key):
+    def solve(values):
+        return hj.eigsh(hj.operator(lambda v: values * v, values), 6, key, which="LA", ncv=40, tol=1e-3)
+
+    def peak(shape):
+        memory = jax.jit(solve).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    size = int(np.prod(shape))
+    assert peak(shape) < 1.1 * peak((size,))
+    spec = jax.ShapeDtypeStruct(shape, "float32")
+    assert peak(shape) <= hj.memory_estimate(lambda v: v, 6, 40, which="LA", like=spec)
