@@ -33,7 +33,7 @@ def load_params(path: Any) -> PyTree:
 
     Returns:
         A flat dict by name, or nested dicts as the file has them. Buffers and counters are in it too, as far as the
-        file has them: `eqx.partition(params, eqx.is_inexact_array_like)` separates them.
+        file has them: `eqx.partition(params, eqx.is_inexact_array_like)` separates them. In native byte order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,7 +77,12 @@ def save_params(path: Any, params: PyTree) -> None:
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise ValueError(f"`save_params` writes {', '.join(sorted(_WRITERS))}, got `{path.name}`.")
-    path.write_bytes(writer(jtu.tree_map(np.asarray, params)))
+    path.write_bytes(writer(jtu.tree_map(lambda leaf: _native(np.asarray(leaf)), params)))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order: the formats but `.npz` know no other."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _flat(params: PyTree) -> dict[str, np.ndarray]:
@@ -134,7 +139,7 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     # NumPy's format has no name for bfloat16 and stores it as two raw bytes.
-    return {name: a.view(jnp.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
+    return {name: a.view(jnp.bfloat16) if a.dtype == np.dtype("V2") else _native(a) for name, a in arrays.items()}
 
 
 def _dump_npz(params: PyTree) -> bytes:
