@@ -43,6 +43,52 @@ def test_json_keeps_every_digit(tmp_path):
     assert [leaf.shape for leaf in loaded["layers"]] == [(1,), (2,)]
 
 
+@pytest.mark.parametrize("value", ['["1", "2"]', "[true, false]", "[[1, null]]", '[[1, 2], ["3", 4]]', "true", "[]"])
+def test_json_of_other_things_than_numbers_is_refused(tmp_path, value):
+    (tmp_path / "net.json").write_text(f'{{"x": {value}}}')
+    with pytest.raises(ValueError, match="must hold numbers"):
+        hj.load_params(tmp_path / "net.json")
+
+
+def test_json_beyond_float64_is_refused(tmp_path):
+    (tmp_path / "net.json").write_text(json.dumps({"x": [1, 10**400]}))
+    with pytest.raises(ValueError, match="beyond float64"):
+        hj.load_params(tmp_path / "net.json")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "npz", "json", "msgpack", "pt"])
+def test_a_damaged_file_is_read_or_refused(tmp_path, suffix):
+    path = tmp_path / f"net.{suffix}"
+    if suffix == "pt":
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.as_tensor(array) for name, array in FLAT.items()}, path)
+    else:
+        hj.save_params(path, FLAT)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(damaged.tobytes()[: rng.integers(1, 2 * len(whole))])
+        try:
+            hj.load_params(path)
+        except ValueError:
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize("cut", [0, 30, -1, -30])
+def test_damaged_archives_are_refused(tmp_path, cut):
+    path = tmp_path / "net.npz"
+    hj.save_params(path, FLAT)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"no npz archive, or it was cut off"):
+        hj.load_params(path)
+    path.write_bytes(whole[:200] + b"damaged" + whole[207:])
+    with pytest.raises(ValueError, match="is damaged"):
+        hj.load_params(path)
+
+
 def test_msgpack_is_that_of_flax(tmp_path):
     pytest.importorskip("msgpack")
     serialization = pytest.importorskip("flax.serialization")
