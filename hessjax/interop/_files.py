@@ -1,8 +1,11 @@
 """Parameters from and to files: exact bits, no framework, and never code from a file."""
 
+import errno
 import io
 import json
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,11 @@ _SAFETENSORS = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
 }  # fmt: skip
 
+# What the parsers of a file's bytes raise where those make no sense; of OSError a seek to no place (EINVAL).
+_DAMAGE = (
+    zipfile.BadZipFile, zlib.error, EOFError, LookupError, TypeError, AttributeError, NotImplementedError, OSError,
+)  # fmt: skip
+
 
 def load_params(path: Any) -> PyTree:
     """Reads parameters from a file, as NumPy arrays with the dtype and the bits that were written.
@@ -33,7 +41,7 @@ def load_params(path: Any) -> PyTree:
 
     Returns:
         A flat dict by name, or nested dicts as the file has them. Buffers and counters are in it too, as far as the
-        file has them: `eqx.partition(params, eqx.is_inexact_array_like)` separates them.
+        file has them: `eqx.partition(params, eqx.is_inexact_array_like)` separates them. In native byte order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -58,7 +66,12 @@ def load_params(path: Any) -> PyTree:
             f"`load_params` reads {', '.join(sorted(_READERS))} and orbax directories, got `{path.name}`. Keras files "
             "go through `hj.from_keras`."
         )
-    return reader(path)
+    try:
+        return reader(path)
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"`{path}` is damaged: {error}") from error
 
 
 def save_params(path: Any, params: PyTree) -> None:
@@ -77,7 +90,12 @@ def save_params(path: Any, params: PyTree) -> None:
     writer = _WRITERS.get(path.suffix)
     if writer is None:
         raise ValueError(f"`save_params` writes {', '.join(sorted(_WRITERS))}, got `{path.name}`.")
-    path.write_bytes(writer(jtu.tree_map(np.asarray, params)))
+    path.write_bytes(writer(jtu.tree_map(lambda leaf: _native(np.asarray(leaf)), params)))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """The same numbers in this machine's byte order: the formats but `.npz` know no other."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _flat(params: PyTree) -> dict[str, np.ndarray]:
@@ -131,10 +149,12 @@ def _dump_safetensors(params: PyTree) -> bytes:
 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"`{path}` is no npz archive, or it was cut off.")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     # NumPy's format has no name for bfloat16 and stores it as two raw bytes.
-    return {name: a.view(jnp.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
+    return {name: a.view(jnp.bfloat16) if a.dtype == np.dtype("V2") else _native(a) for name, a in arrays.items()}
 
 
 def _dump_npz(params: PyTree) -> bytes:
@@ -147,16 +167,25 @@ def _load_json(path: Path) -> PyTree:
     def arrays(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: arrays(value) for key, value in node.items()}
-        if isinstance(node, int | float) and not isinstance(node, bool):
-            return np.array(node, np.float64)
-        if isinstance(node, list) and node:
+        if _is_numeric(node):
             try:
                 return np.array(node, np.float64)
-            except (ValueError, TypeError):
+            except OverflowError as error:
+                raise ValueError(f"`{path}` holds a number beyond float64: {error}") from error
+            except ValueError:  # lists of unequal lengths
                 return [arrays(part) for part in node]
+        if isinstance(node, list) and node:
+            return [arrays(part) for part in node]
         raise ValueError(f"`{path}` must hold numbers, in lists and objects, got {node!r}.")
 
     return arrays(json.loads(path.read_text()))
+
+
+def _is_numeric(node: Any) -> bool:
+    """A number, or a list of them at any depth. NumPy would take texts, booleans and null for numbers too."""
+    if isinstance(node, list):
+        return len(node) > 0 and all(map(_is_numeric, node))
+    return isinstance(node, int | float) and not isinstance(node, bool)
 
 
 def _dump_json(params: PyTree) -> bytes:

@@ -10,11 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from hessjax._compare import tolerance_in
+from hessjax._compare import least_precise, tolerance_in
 from hessjax._function import full_precision
 from hessjax._model import Model, differences
-from hessjax._vectors import scalar_dtype
 from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_independence, check_verify, demand, take
+from hessjax.operators._examples import real_outputs
 
 Call = Callable[[PyTree | None, PyTree], PyTree]
 
@@ -72,17 +72,37 @@ def port(
     count = min(model.num_examples, EXAMPLES)
     inputs, targets = take(model.data, 0, count)
     ours = Model(model.params, (inputs, targets), model.forward, model.loss, batched=batched)
-    dtype = scalar_dtype(model.params)
-    tolerance = tolerance_in(dtype)
 
     def mean_loss(params: PyTree) -> Any:
         return jnp.mean(jax.vmap(model.loss)(call(params, inputs), targets))
 
     with full_precision():
-        ours.outputs()  # before the source's: the port says what to do about a module in train mode
+        dtype = _computed_in(ours)  # before the source's call: the port says what to do about one in train mode
+        tolerance = tolerance_in(dtype)
         outputs, value, gradient = call(None, inputs), None, None
         if verify == "gradient":
             value, gradient = eqx.filter_jit(jax.value_and_grad(mean_loss))(model.params)
         found = differences(ours, outputs, value, gradient, dtype)
         check_independence(lambda part: call(None, part), inputs, outputs, tolerance)
     return model.proven(demand(Parity(source, count, str(dtype), tolerance, found)))
+
+
+def _computed_in(model: Model) -> np.dtype:
+    """The least precise dtype on the way from parameters to outputs, as the program of the derivative has it.
+
+    In mixed precision that is neither the parameters' nor the outputs'.
+    """
+    outputs, pull, _ = jax.vjp(
+        lambda params: real_outputs(model.forward, params, model.data[0], model.batched), model.params, has_aux=True
+    )
+    return least_precise(model.params, outputs, _values(jax.make_jaxpr(pull)(outputs).jaxpr))
+
+
+def _values(jaxpr: Any) -> list[Any]:
+    """The abstract values that a program computes, those of programs within it too."""
+    found = [variable.aval for equation in jaxpr.eqns for variable in equation.outvars]
+    parts = [part for equation in jaxpr.eqns for part in jtu.tree_leaves(list(equation.params.values()))]
+    for part in parts:
+        inner = getattr(part, "jaxpr", part)
+        found += _values(inner) if hasattr(inner, "eqns") else []
+    return found

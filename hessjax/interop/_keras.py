@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from hessjax.interop._jax_source import missing, port
 from hessjax.interop._parity import Ported
 
-_ROUTE = (
+ROUTE = (
     'Save it (`model.save("model.keras")`), and in a new process call `hj.from_keras("model.keras", ...)`, or set the '
     "environment variable KERAS_BACKEND=jax before Keras is imported and load it there, without TensorFlow."
 )
@@ -62,7 +62,7 @@ def from_keras(model: Any, data: Any, loss: Any, *, verify: Any = "gradient", **
     """
     keras = _keras()
     if keras.backend.backend() != "jax":
-        raise ValueError(f"The model runs on Keras's {keras.backend.backend()} backend, not on JAX. {_ROUTE}")
+        raise ValueError(f"The model runs on Keras's {keras.backend.backend()} backend, not on JAX. {ROUTE}")
     if isinstance(model, str | Path):
         model = keras.saving.load_model(model, compile=False)
     if not isinstance(model, keras.Model):

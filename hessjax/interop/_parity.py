@@ -32,7 +32,7 @@ class Parity:
     Attributes:
         source: the framework that was asked.
         num_examples: how many examples, from the start of the data.
-        dtype: what port and source computed in.
+        dtype: the least precise that port and source computed in.
         tolerance: the largest relative difference that is accepted.
         differences: one `Difference` per quantity.
     """

@@ -18,8 +18,11 @@ _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
+    "ComplexDoubleStorage": "complex128", "UntypedStorage": "uint8",
 }  # fmt: skip
+_UNTYPED = (
+    "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+)  # fmt: skip
 
 
 class _Storage:
@@ -29,8 +32,42 @@ class _Storage:
         self.dtype = jnp.dtype(_STORAGES[name])
 
 
-def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    """A strided window into a storage, after a look at its bounds."""
+def _tensor(
+    storage: np.ndarray,
+    offset: int,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    flags: Any = None,
+) -> np.ndarray:
+    """A strided window into a storage, after a look at its bounds; conjugated and negated where a flag says so."""
+    del requires_grad, hooks
+    window = _window(storage, offset, size, stride)
+    for flag, holds in (flags or {}).items():
+        if flag not in ("conj", "neg"):
+            raise ValueError(f"A tensor in the file has the unknown property {flag!r}.")
+        if holds:
+            window = np.conj(window) if flag == "conj" else np.negative(window)
+    return window
+
+
+def _untyped_tensor(
+    storage: np.ndarray,
+    offset: int,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    flags: Any = None,
+) -> np.ndarray:
+    """A tensor of a dtype that has no storage class; its storage is bytes."""
+    whole = storage[: storage.size // dtype.itemsize * dtype.itemsize].view(dtype)
+    return _tensor(whole, offset, size, stride, requires_grad, hooks, flags)
+
+
+def _window(storage: np.ndarray, offset: int, size: Any, stride: Any) -> np.ndarray:
     size, stride = tuple(map(int, size)), tuple(map(int, stride))
     if min((offset, *size, *stride), default=0) < 0:
         raise ValueError("A tensor in the file has a negative size, stride or offset.")
@@ -40,7 +77,8 @@ def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *_: Any) -
     if last >= storage.size:
         raise ValueError("A tensor in the file reaches beyond its data: the file is damaged or hostile.")
     steps = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps).copy()
+    # Not by `as_strided`, which does not know every dtype of 8 bits.
+    return np.ndarray(size, storage.dtype, storage.view(np.uint8), offset * storage.itemsize, steps).copy()
 
 
 def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
@@ -50,10 +88,13 @@ def _parameter(data: np.ndarray, *_: Any) -> np.ndarray:
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _untyped_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch", "Size"): tuple,
+    ("torch.storage", "UntypedStorage"): _Storage("UntypedStorage"),
     **{("torch", name): _Storage(name) for name in _STORAGES},
+    **{("torch", name): jnp.dtype(name) for name in _UNTYPED},
 }
 
 
@@ -66,8 +107,8 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
             raise ValueError(
-                f"The file refers to `{module}.{name}`, which is no tensor. Save the weights alone: "
-                "`torch.save(module.state_dict(), path)`."
+                f"The file refers to `{module}.{name}`, which is no tensor, nor a dtype that is known here. "
+                "Save the weights alone: `torch.save(module.state_dict(), path)`."
             )
         return _KNOWN[module, name]
 

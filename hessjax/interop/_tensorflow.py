@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from hessjax._compare import tolerance_in
 from hessjax._model import Model, differences
 from hessjax.interop._jax_source import missing
-from hessjax.interop._keras import _ROUTE, from_keras, unique_names
+from hessjax.interop._keras import ROUTE, from_keras, unique_names
 from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_verify, demand, take
 
 
@@ -57,7 +57,7 @@ def from_tensorflow(
         return from_keras(source, data, loss, verify=verify, **kwargs)
     if forward is None:
         if hasattr(source, "trainable_variables") and hasattr(source, "save"):
-            raise TypeError(f"A Keras model under TensorFlow cannot move to JAX within one process. {_ROUTE}")
+            raise TypeError(f"A Keras model under TensorFlow cannot move to JAX within one process. {ROUTE}")
         raise ValueError(
             "`from_tensorflow` converts no graphs. Pass the path of a `.keras` file, or `forward=`, the function of "
             "one example in JAX, which is then compared with TensorFlow's outputs and gradient."

@@ -97,3 +97,18 @@ def test_a_port_that_differs_from_the_module_is_refused(key, monkeypatch, batche
     monkeypatch.setattr(_equinox._Forward, "__call__", lambda *args: 2 * right(*args) + 1)
     with pytest.raises(ValueError, match=r"disagrees.*\n.*outputs: "):
         hj.from_equinox(module, (X, Y), cross_entropy, batched=batched)
+
+
+def test_the_dtype_of_a_comparison_is_the_least_precise_that_parameters_pass_through(x64, key):
+    weights = jax.random.normal(key, (4, 3))
+
+    def through(inner):
+        return lambda p, x: jax.jit(lambda p: (p.astype(inner) * 2).astype(p.dtype))(p).T @ x
+
+    def made(function, x):
+        return hj.from_equinox(eqx.Partial(function, weights), (x, Y), cross_entropy).parity.dtype
+
+    assert made(through("bfloat16"), X) == "bfloat16"
+    assert made(through("float32"), X) == "float32"
+    assert made(through("float64"), X) == "float64"
+    assert made(lambda p, x: x.reshape(-1) @ p, X.astype(np.float32)) == "float64"  # exact data are no rounding

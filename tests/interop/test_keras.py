@@ -97,6 +97,20 @@ def test_a_port_that_differs_from_the_model_is_refused(keras, monkeypatch):
         hj.from_keras(net, (X, Y), cross_entropy)
 
 
+def test_mixed_precision_is_compared_in_its_least_precise_dtype(keras):
+    policy = keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    try:
+        for seed in range(3):
+            keras.utils.set_random_seed(seed)
+            layers = [keras.Input((4,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3, dtype="float32")]
+            model = hj.from_keras(keras.Sequential(layers), (X, Y), cross_entropy)
+            assert model.parity.dtype == "bfloat16"
+            assert model.parity.tolerance == 5e-2
+    finally:
+        keras.mixed_precision.set_global_policy(policy)
+
+
 def test_what_is_no_keras_model_is_named(keras):
     with pytest.raises(TypeError, match=r"Keras 3 model.*dict"):
         hj.from_keras({}, (X, Y), cross_entropy)
