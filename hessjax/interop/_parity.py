@@ -31,7 +31,7 @@ class Parity:
 
     Attributes:
         source: the framework that was asked.
-        num_examples: how many examples, from the start of the data.
+        num_examples: how many examples.
         dtype: the least precise that port and source computed in.
         tolerance: the largest relative difference that is accepted.
         differences: one `Difference` per quantity.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Array, PyTree
 
-from hessjax._model import Model
+from hessjax._model import Model, differences
 from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, tolerance_in
 from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor, x64_is_on
 from hessjax.interop._torch._loss import check_mean, torch_loss
@@ -133,12 +133,12 @@ def _compared(model: Ported, source: Source, loss: Any, verify: Any, wide: bool)
         ours = _on_examples(model, source)
         ours = _in_float64(ours) if wide else ours
         outputs = jtu.tree_unflatten(source.result, [to_numpy(out) for out in source.outputs])
-        found = [difference("outputs", ours.outputs(), outputs)]
+        value = gradient = None
         if verify == "gradient":
             value, gradient = _torch_gradient(ours, source, loss, outputs)
-            found += [difference("loss", ours.loss_value(), value), difference("gradient", ours.gradient(), gradient)]
-    dtype = "float64" if wide else _precision(model, source)
-    return demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), tuple(found)))
+        dtype = "float64" if wide else _precision(model, source)
+        found = differences(ours, outputs, value, gradient, jnp.dtype(dtype))
+    return demand(Parity("PyTorch", source.count, dtype, tolerance_in(jnp.dtype(dtype)), found))
 
 
 def _outputs_on(source: Source, inputs: PyTree) -> PyTree:

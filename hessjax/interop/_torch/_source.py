@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import PyTree
 
+from hessjax.interop._parity import EXAMPLES
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
 from hessjax.interop._torch._reference import eager_outputs, private_copy, trained_parameters
-
-_EXAMPLES = 8  # on which port and source are compared
 
 
 def spread(length: int, count: int) -> np.ndarray:
@@ -39,7 +38,7 @@ class Source:
             raise ValueError(
                 f"Inputs must be arrays with one leading length, got shapes {[np.shape(x) for x in leaves]}."
             )
-        rows = spread(next(iter(lengths)), _EXAMPLES)
+        rows = spread(next(iter(lengths)), EXAMPLES)
         self.count = len(rows)
         self.inputs, self.targets = pick(inputs, rows), pick(targets, rows)
         self.original, self.all_targets = module, targets
