@@ -12,6 +12,9 @@ operator every time, counts what it spends, and works where A - σ is singular, 
 σ = 0. Both pay about c / (distance of the wanted eigenvalues) products per digit; nothing that only has products is
 free of that.
 
+Eight steps of power iteration tell ‖A‖ to a factor of four. A is scaled by it, and the shift clipped to four times it:
+from there on outwards every shift orders the spectrum alike.
+
 Stages: the first has d = 1 and fills the basis once, unless it is done before. Its Ritz values tell c, and how far the
 wanted eigenvalues are from σ at most; from these follow w and d of the next stage, which starts with the best vectors
 of the last one. After every stage a Rayleigh-Ritz step with A itself resolves eigenvalues at equal distances on both
