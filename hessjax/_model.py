@@ -70,7 +70,7 @@ class Model(eqx.Module):
         params = _join_lists(params, "params")
         structure = structure_of(params)
         self.params = jtu.tree_map(lambda leaf, spec: jnp.asarray(leaf, spec.dtype), params, structure)
-        if not isinstance(data, tuple | list) or len(data) != 2 or _is_number(data[0]):
+        if not isinstance(data, tuple | list) or len(data) != 2 or is_number(data[0]):
             what = f"{len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
             raise ValueError(f"`data` must be the pair `(inputs, targets)`, got {what}.")
         inputs, targets = (
@@ -283,12 +283,12 @@ def _largest(leaf: Array) -> Scalar:
     return jnp.max(_finite(leaf), initial=0)
 
 
-def _is_number_list(node: Any) -> bool:
+def is_number_list(node: Any) -> bool:
     """A list that holds numbers, or lists of numbers, at every depth."""
-    return isinstance(node, list) and len(node) > 0 and all(_is_number(x) or _is_number_list(x) for x in node)
+    return isinstance(node, list) and len(node) > 0 and all(is_number(x) or is_number_list(x) for x in node)
 
 
-def _is_number(node: Any) -> bool:
+def is_number(node: Any) -> bool:
     return isinstance(node, int | float | np.number) and not isinstance(node, bool)
 
 
@@ -296,7 +296,7 @@ def _join_lists(tree: PyTree, name: str) -> PyTree:
     """Turns every nested list of numbers into one array: as a pytree, each number would be a leaf of its own."""
 
     def join(path: tuple[Any, ...], node: Any) -> Any:
-        if not _is_number_list(node):
+        if not is_number_list(node):
             return node
         try:
             array = np.asarray(node)
@@ -305,7 +305,7 @@ def _join_lists(tree: PyTree, name: str) -> PyTree:
             raise ValueError(f"The nested list at `{where}` of `{name}` is ragged: {error}") from None
         return array.astype(jnp.result_type(float)) if array.dtype.kind == "f" or name == "params" else array
 
-    return jtu.tree_map_with_path(join, tree, is_leaf=_is_number_list)
+    return jtu.tree_map_with_path(join, tree, is_leaf=is_number_list)
 
 
 def _to_jax(tree: PyTree) -> PyTree:

@@ -182,14 +182,10 @@ def _named(vector: Any, shapes: dict[str, tuple[int, ...]], to_numpy: Callable[[
         raise ValueError(f"`vector` must be a dict by the parameters' names, got {type(vector).__name__}.")
     parts = {name: np.asarray(to_numpy(part), np.float64) for name, part in vector.items()}
     for name in (*shapes, *parts):
-        wanted, got = (str(where[name]) if name in where else "none" for where in (shapes, _shapes_of(parts)))
+        wanted, got = shapes.get(name, "none"), parts[name].shape if name in parts else "none"
         if wanted != got:
             raise ValueError(f"`vector` must be shaped as the trained parameters: `{name}` has {got} for {wanted}.")
     return _join([parts[name] for name in shapes])
-
-
-def _shapes_of(parts: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: part.shape for name, part in parts.items()}
 
 
 def _compare(checked: _Checked, rtol: Any) -> float:

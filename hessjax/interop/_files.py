@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from hessjax._model import is_number, is_number_list
 from hessjax.interop._jax_source import missing
 from hessjax.interop._state_dict import load_state_dict
 
@@ -167,7 +168,7 @@ def _load_json(path: Path) -> PyTree:
     def arrays(node: Any) -> Any:
         if isinstance(node, dict):
             return {key: arrays(value) for key, value in node.items()}
-        if _is_numeric(node):
+        if is_number(node) or is_number_list(node):  # NumPy would take texts, booleans and null for numbers too
             try:
                 return np.array(node, np.float64)
             except OverflowError as error:
@@ -179,13 +180,6 @@ def _load_json(path: Path) -> PyTree:
         raise ValueError(f"`{path}` must hold numbers, in lists and objects, got {node!r}.")
 
     return arrays(json.loads(path.read_text()))
-
-
-def _is_numeric(node: Any) -> bool:
-    """A number, or a list of them at any depth. NumPy would take texts, booleans and null for numbers too."""
-    if isinstance(node, list):
-        return len(node) > 0 and all(map(_is_numeric, node))
-    return isinstance(node, int | float) and not isinstance(node, bool)
 
 
 def _dump_json(params: PyTree) -> bytes:

@@ -70,7 +70,7 @@ def port(
     if verify is False:
         return model
     count = min(model.num_examples, EXAMPLES)
-    inputs, targets = take(model.data, 0, count)
+    inputs, targets = take(model.data, slice(count))
     ours = Model(model.params, (inputs, targets), model.forward, model.loss, batched=batched)
 
     def mean_loss(params: PyTree) -> Any:

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
 from hessjax._compare import Difference, difference
-from hessjax._compare import tolerance_in as tolerance_in
 from hessjax._model import Model
 
 _CAUSES = (
@@ -92,7 +90,8 @@ def check_independence(outputs_of: Callable[[PyTree], PyTree], inputs: PyTree, w
     length = jtu.tree_leaves(inputs)[0].shape[0]
     if length < 2:
         return
-    parts = [outputs_of(take(inputs, low, high)) for low, high in ((0, length // 2), (length // 2, length))]
+    halves = slice(length // 2), slice(length // 2, length)
+    parts = [outputs_of(take(inputs, rows)) for rows in halves]
     joined = jtu.tree_map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
     found = difference("outputs", joined, whole)
     if found.relative > tolerance:
@@ -103,6 +102,6 @@ def check_independence(outputs_of: Callable[[PyTree], PyTree], inputs: PyTree, w
         )
 
 
-def take(tree: PyTree, low: int, high: int) -> PyTree:
-    """Examples low to high; what has no axes is passed whole."""
-    return jtu.tree_map(lambda leaf: leaf[low:high] if jnp.ndim(leaf) > 0 else leaf, tree)
+def take(tree: PyTree, rows: slice | np.ndarray) -> PyTree:
+    """Some of the examples; what has no axes is passed whole."""
+    return jtu.tree_map(lambda leaf: leaf[rows] if np.ndim(leaf) > 0 else leaf, tree)

@@ -120,7 +120,7 @@ def _proof(
     kwargs: dict[str, Any],
 ) -> Parity:
     count = min(model.num_examples, EXAMPLES)
-    inputs, targets = take(model.data, 0, count)
+    inputs, targets = take(model.data, slice(count))
     given = inputs if isinstance(inputs, tuple) else (inputs,)
     tensors = jtu.tree_map(lambda leaf: tf.constant(np.asarray(leaf)), given)
     with tf.GradientTape() as tape:

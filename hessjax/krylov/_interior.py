@@ -33,7 +33,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import combine, divide, draw, epsilon, gram, norm, scalar_dtype, subtract
+from hessjax._vectors import combine, divide, draw, epsilon, gram, norm, or_one, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigenpairs import Eigenpairs
 from hessjax.krylov._eigh import sequential_eigh
@@ -137,8 +137,8 @@ class _Stage(eqx.Module):
     count: Int[Array, ""]
     num_matvecs: Int[Array, ""]
 
-    def converged(self, tol: Scalar) -> Bool[Array, " width"]:
-        return self.residuals <= residual_bounds(self.filter, jnp.abs(self.values), tol)
+    def bounds(self, tol: Scalar) -> Float[Array, " width"]:
+        return residual_bounds(self.filter, jnp.abs(self.values), tol)
 
 
 def residual_bounds(filter: Filter, magnitudes: Array, tol: Scalar) -> Array:
@@ -168,7 +168,7 @@ def nearest_eigenpairs(
     outer = dataclasses.replace(plan, which="LA", k=min(plan.k + 1, width), maxiter=1, random_start=False)
 
     def goes_on(stage: _Stage) -> Bool[Array, ""]:
-        done = stage.certified & jnp.all(stage.converged(tol)[: plan.k])
+        done = stage.certified & jnp.all((stage.residuals <= stage.bounds(tol))[: plan.k])
         return (stage.count < plan.maxiter) & ~done & jnp.isfinite(stage.filter.radius)
 
     def advance(stage: _Stage) -> _Stage:
@@ -182,11 +182,12 @@ def nearest_eigenpairs(
     # From outside the spectrum every shift orders it alike, and a far one would swallow it in rounding.
     sigma = jnp.clip(sigma / unit, -_SAFELY, _SAFELY)
     stage = lax.while_loop(goes_on, advance, _first(op, sigma, start, width))
-    converged = stage.converged(tol) & (stage.residuals < jnp.inf)
+    bounds = stage.bounds(tol)
+    converged = (stage.residuals <= bounds) & (stage.residuals < jnp.inf)
     # p(B) knows squares of distances: below this one an eigenvalue may hide nearer to the shift than those found.
     hidden = epsilon(op.structure) ** 0.5 / 2 * stage.filter.radius
     farthest = jnp.abs(stage.values[plan.k - 1] - sigma)
-    blind = (farthest < hidden) & (farthest > residual_bounds(stage.filter, jnp.abs(stage.values), tol)[plan.k - 1])
+    blind = (farthest < hidden) & (farthest > bounds[plan.k - 1])
     # Without a certificate all k may be eigenpairs and yet not the nearest: the farthest is then in doubt.
     unsure = ~stage.certified | blind
     doubt = unsure & jnp.all(converged[: plan.k]) & (jnp.arange(width) == plan.k - 1)
@@ -227,7 +228,7 @@ def _first(op: Operator, sigma: Scalar, start: PyTree, width: int) -> _Stage:
     unit = divide(first, norm(first))
     size = jnp.maximum(norm(subtract(op(unit), sigma, unit)), 1)
     dtype, zero = scalar_dtype(op.structure), jnp.zeros((), jnp.int32)
-    radius = jnp.where((size > 0) & jnp.isfinite(size), size, 1).astype(dtype)
+    radius = jnp.where(jnp.isfinite(size), size, 1).astype(dtype)
     filter = Filter(op, sigma, radius, jnp.zeros((), dtype), jnp.ones((), jnp.int32))
     unknown = jnp.full(width, jnp.inf, dtype)
     return _Stage(filter, unknown, vectors, unknown, jnp.ones((), dtype), jnp.zeros((), bool), zero, zero + 1 + _POWERS)
@@ -242,7 +243,7 @@ def _refine(stage: _Stage, floor: Scalar, basis: Basis, state: State) -> _Stage:
     vectors = basis.combine(state.ritz.vectors[:, best], state.live)
     images = lax.map(lambda v: subtract(op(v), sigma, v), vectors)
     matrix = gram(vectors, images)
-    unit = jnp.where(jnp.max(jnp.abs(matrix)) > 0, jnp.max(jnp.abs(matrix)), 1)
+    unit = or_one(jnp.max(jnp.abs(matrix)))
     apart = jnp.diag(jnp.where(exist, 0, 4 * width))  # vectors that do not exist sort behind
     values, turn = sequential_eigh((matrix + matrix.T) / (2 * unit) + apart.astype(matrix.dtype))
     vectors, images = (combine(tree, turn) for tree in (vectors, images))

@@ -7,13 +7,14 @@ import jax.tree_util as jtu
 import numpy as np
 import torch
 
-from hessjax.interop._parity import tolerance_in
+from hessjax._compare import tolerance_in
+from hessjax.interop._parity import take
 from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor
 from hessjax.interop._torch._export import Unrolled, as_tree, export
 from hessjax.interop._torch._lowered import ConvertedLoss
 from hessjax.interop._torch._reference import recorded_by
 from hessjax.interop._torch._rules import Rule
-from hessjax.interop._torch._source import Source, pick, spread
+from hessjax.interop._torch._source import Source, spread
 
 _SAMPLE = 256  # targets on which a loss is asked whether it is a mean
 _ENTRIES = 10**7  # of all outputs that are laid before it
@@ -131,7 +132,7 @@ def check_mean(loss: Any, source: Source) -> None:
     outputs = [out.detach()[torch.arange(len(rows)) % source.count] for out in source.outputs]
 
     def value(low: int, high: int) -> float:
-        return float(torch_loss(loss, [out[low:high] for out in outputs], pick(targets, rows[low:high]), source))
+        return float(torch_loss(loss, [out[low:high] for out in outputs], take(targets, rows[low:high]), source))
 
     try:
         whole = value(0, len(rows))

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from jaxtyping import Array, PyTree
 
+from hessjax._compare import difference, tolerance_in
 from hessjax._model import Model, differences
-from hessjax.interop._parity import Parity, Ported, check_independence, demand, difference, tolerance_in
+from hessjax.interop._parity import Parity, Ported, check_independence, demand
 from hessjax.interop._torch._data import to_jax, to_numpy, to_tensor, x64_is_on
 from hessjax.interop._torch._loss import check_mean, torch_loss
 from hessjax.interop._torch._lowered import Converted, ConvertedLoss, arguments
 from hessjax.interop._torch._reference import gradient_of, switched_off, trained_parameters
 from hessjax.interop._torch._source import Source
 
-_AS_IT_RUNS = (
-    1e-3  # of outputs: ten times what one float32 layer is given, for deep networks; an overflow is of order 1
-)
+# Of outputs: ten times what one float32 layer is given, for deep networks; an overflow is of order 1.
+_AS_IT_RUNS = 1e-3
 
 
 def prove(model: Ported, source: Source, loss: Any, verify: Any) -> Parity:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import PyTree
 
-from hessjax.interop._parity import EXAMPLES
+from hessjax.interop._parity import EXAMPLES, take
 from hessjax.interop._torch._data import to_tensor
 from hessjax.interop._torch._export import Unrolled
 from hessjax.interop._torch._lowered import arguments
@@ -18,11 +18,6 @@ from hessjax.interop._torch._reference import eager_outputs, private_copy, train
 def spread(length: int, count: int) -> np.ndarray:
     """Up to `count` positions, evenly from first to last: data may be sorted."""
     return np.linspace(0, length - 1, min(count, length)).round().astype(int)
-
-
-def pick(tree: PyTree, rows: np.ndarray) -> PyTree:
-    """Some examples; what has no axes is passed whole."""
-    return jtu.tree_map(lambda leaf: leaf[rows] if np.ndim(leaf) > 0 else leaf, tree)
 
 
 class Source:
@@ -40,7 +35,7 @@ class Source:
             )
         rows = spread(next(iter(lengths)), EXAMPLES)
         self.count = len(rows)
-        self.inputs, self.targets = pick(inputs, rows), pick(targets, rows)
+        self.inputs, self.targets = take(inputs, rows), take(targets, rows)
         self.original, self.all_targets = module, targets
         self.leaves = [to_tensor(leaf) for leaf in jtu.tree_leaves(arguments(self.inputs))]
         self.unrolled = Unrolled(self.module, self.arguments, select, kwargs)
