@@ -28,7 +28,8 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
     reuse the compiled program, so pass data as arguments rather than by closure.
 
     Args:
-        loss: `loss(params, *args)`, a real scalar. Traced when a product is.
+        loss: `loss(params, *args)`, a real scalar. Traced when a product first is: as under `jax.jit`, what it reads
+            from outside its arguments (a global, an attribute) is read then, and not again when that is rebound.
         batch_size: None for one product over all of `args`. Otherwise `loss` must be a mean over the leading axis of
             `args`, and a product sums over slices of that many examples, weighted by their count, in a loop inside the
             program: memory for one slice. A remainder is its own slice. Arrays without axes are passed whole.

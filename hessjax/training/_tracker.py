@@ -57,8 +57,9 @@ def track_curvature(
     - `opt_state=`: an optax state, for a `preconditioner` to read.
     - `grad=`: the gradient, for `gradient_overlap`, where the updates that come in are something else.
 
-    Runs under `jit`, `scan`, `vmap` and in any optax combinator, and without optax's optimizers: `init` and `update`
-    are two pure functions, and the updates may be None. `optax.MultiSteps` calls what it wraps on every mini-step and
+    Runs under `jit`, `scan`, `vmap` and in the optax combinators that pass extra arguments on to all parameters'
+    updates (not `lookahead`, nor `masked` over a part: chain the tracker outside), and without optax's optimizers:
+    `init` and `update` are two pure functions, and the updates may be None. `optax.MultiSteps` calls what it wraps on every mini-step and
     throws most results away: chain the tracker before it, not inside. A whole run under `vmap`, with `init` in it,
     skips what is not due; a `vmap` over states that hold a step each computes every measurement and keeps the due
     ones. Derivatives do not flow through the state.
