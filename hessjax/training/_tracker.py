@@ -59,10 +59,10 @@ def track_curvature(
 
     Runs under `jit`, `scan`, `vmap` and in the optax combinators that pass extra arguments on to all parameters'
     updates (not `lookahead`, nor `masked` over a part: chain the tracker outside), and without optax's optimizers:
-    `init` and `update` are two pure functions, and the updates may be None. `optax.MultiSteps` calls what it wraps on every mini-step and
-    throws most results away: chain the tracker before it, not inside. A whole run under `vmap`, with `init` in it,
-    skips what is not due; a `vmap` over states that hold a step each computes every measurement and keeps the due
-    ones. Derivatives do not flow through the state.
+    `init` and `update` are two pure functions, and the updates may be None. `optax.MultiSteps` calls what it wraps on
+    every mini-step and throws most results away: chain the tracker before it, not inside. A whole run under `vmap`,
+    with `init` in it, skips what is not due; a `vmap` over states that hold a step each computes every measurement and
+    keeps the due ones. Derivatives do not flow through the state.
 
     Args:
         loss: `loss(params, *batch)`, a scalar. None if `operator` is given.
