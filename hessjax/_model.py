@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, PyTree, Scalar
 
 from hessjax._compare import Difference, difference, least_precise, tolerance_in
-from hessjax._function import Function, as_function, full_precision
-from hessjax._vectors import structure_of
+from hessjax._function import Function, as_function
+from hessjax._vectors import full_precision, structure_of
 from hessjax.operators import Operator, hvp
 from hessjax.operators._examples import as_samples, as_scalar, losses_of, outputs_of, real_outputs
 from hessjax.operators._ggn import gauss_newton
@@ -78,8 +78,8 @@ class Model(eqx.Module):
         )
         self.data = (inputs, targets)
         count_examples(self.data)
-        self.forward = as_function(forward)
-        self.loss = as_function(loss)
+        self.forward = as_function(forward, "forward")
+        self.loss = as_function(loss, "loss")
         self.batched = batched
 
     @property
@@ -90,7 +90,7 @@ class Model(eqx.Module):
     @property
     def forward_one(self) -> Function:
         """`forward(params, x)` on one example, as `hj.ntk`, `hj.fisher` and their like take it."""
-        return as_function(_OneExample(self.forward)) if self.batched else self.forward
+        return as_function(_OneExample(self.forward), "forward") if self.batched else self.forward
 
     def outputs(self) -> PyTree[Array]:
         """The outputs on all inputs, the examples on the leading axis."""

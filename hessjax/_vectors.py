@@ -5,6 +5,7 @@ sharding, and are never raveled into one array. Scalars that mix leaves (inner p
 live in the widest dtype among the leaves, and at least in float32.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -154,3 +155,14 @@ def draw(key: PRNGKeyArray, structure: PyTree[jax.ShapeDtypeStruct]) -> PyTree[F
     return treedef.unflatten(
         [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     )
+
+
+def full_precision() -> contextlib.AbstractContextManager[None]:
+    """Where matrix products and convolutions of unstated precision are computed in their own dtype.
+
+    A GPU shortens float32 operands to 10 bits of mantissa (TF32) unless told otherwise. Forward values stand that; a
+    curvature product is then wrong by 5e-4 of its norm and as asymmetric, so that small eigenvalues drown. What the
+    user chose is kept: an explicit `precision=`, or `jax.default_matmul_precision`.
+    """
+    chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] added at run time
+    return contextlib.nullcontext() if chosen is not None else jax.default_matmul_precision("highest")

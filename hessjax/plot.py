@@ -18,9 +18,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._function import as_integer, full_precision
+from hessjax._arguments import as_integer
+from hessjax._function import as_function
 from hessjax._model import Model
-from hessjax._vectors import inner
+from hessjax._vectors import full_precision, inner, structure_of
 from hessjax.estimate import Density, Estimate
 from hessjax.krylov import Eigenpairs
 
@@ -29,7 +30,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _SOFT = "#8a8a8a"
 _POINTS = 2000  # of a density's grid, beside
 _OUTER = 20  # nodes at either end
-_Numbers = float | int | list | tuple | np.ndarray | jax.Array
+_Numbers = float | int | list | tuple | np.ndarray | np.number | jax.Array
 
 
 def density(
@@ -43,7 +44,7 @@ def density(
     Args:
         density: what `hj.spectral_density` returns.
         sigma: the smoothing, as in `Density.pdf`, whose default it shares.
-        eigenvalues: marked below the curve: known eigenvalues, an array, or `Eigenpairs`.
+        eigenvalues: marked below the curve in its colour: known eigenvalues, an array, or `Eigenpairs`.
         label: of the curve, in a legend.
         ax: the axes to draw on.
 
@@ -52,6 +53,7 @@ def density(
 
     Raises:
         TypeError: `density` is no `Density`.
+        ValueError: it is a batch, or not finite; or `sigma` is not positive.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -64,7 +66,11 @@ def density(
             f"`plot.density` draws what `hj.spectral_density` returns, got {type(density).__name__}. For eigenvalues "
             "alone there is `hj.plot.eigenvalues`."
         )
-    ax = _axes(ax, "density")
+    _one(density.nodes, 2, "density")
+    if not np.all(np.isfinite(density.ends)):
+        raise ValueError("`plot.density` needs a finite density. It is NaN where the operator's products are.")
+    if sigma is not None and not 0 < float(sigma) < np.inf:
+        raise ValueError(f"`plot.density` needs a positive `sigma`, got {sigma}.")
     low, high = (float(end) for end in density.ends)
     width = float(density.default_width if sigma is None else sigma)
     # Outermost nodes lie far apart, and their peaks between the points of an even grid.
@@ -74,6 +80,7 @@ def density(
     curve = density.pdf(grid, sigma)
     value, error = np.asarray(curve.value, float), 2 * np.nan_to_num(np.asarray(curve.stderr, float), posinf=0.0)
     least = 0.2 / (density.size * width * (2 * np.pi) ** 0.5)
+    ax = _axes(ax, "density")
     colour = _next_colour(ax)
     ax.plot(grid, np.where(value > least, value, np.nan), color=colour, linewidth=1.2, label=label)
     below, above = (np.maximum(value + side * error, least) for side in (-1, 1))
@@ -81,7 +88,7 @@ def density(
     if eigenvalues is not None:
         known, _, good = _spectrum(eigenvalues, "eigenvalues")
         known = known[good]
-        ax.plot(known, np.full(known.size, 0.03), "|", color=_COLOURS[1], transform=ax.get_xaxis_transform())
+        ax.plot(known, np.full(known.size, 0.03), "|", color=colour, transform=ax.get_xaxis_transform())
     ax.set_yscale("log")
     return _finish(ax, "eigenvalue λ", "density of eigenvalues", label is not None)
 
@@ -99,6 +106,7 @@ def eigenvalues(pairs: Any, *, label: str | None = None, ax: Any = None) -> Any:
 
     Raises:
         TypeError: `pairs` are neither.
+        ValueError: they are a batch.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -121,7 +129,7 @@ def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str
 
     Args:
         state: what keeps them: an optimizer's state with a `hj.track_curvature(..., history=n)` in it, or the values
-            themselves, (steps,) or (steps, k), as a `lax.scan` collects them. NaN is left out.
+            themselves, (steps,) or (steps, k), as a `lax.scan` collects them. NaN leaves a gap.
         steps: the steps that the values belong to, where these came as an array: None for 0, 1, 2, …
         threshold: `hj.edge_of_stability(...)`, a number or one for every step.
         label: of the largest eigenvalue, in a legend.
@@ -132,7 +140,7 @@ def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str
 
     Raises:
         TypeError: there is no tracker in `state`.
-        ValueError: the tracker keeps no history, or `steps` has another length than the values.
+        ValueError: the tracker keeps no history, there are several, or `steps` has another length than the values.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -150,12 +158,14 @@ def tracking(state: Any, *, steps: Any = None, threshold: Any = None, label: str
     ax = _axes(ax, "tracking")
     colour = _next_colour(ax)
     for place, column in enumerate(values.T[::-1]):
-        here = np.isfinite(column)
-        name = label if place == 0 else None
-        ax.plot(steps[here], column[here], color=colour, alpha=0.9**place, linewidth=1.4 / (1 + place), label=name)
+        line = {"color": colour, "alpha": 0.9**place, "linewidth": 1.4 / (1 + place)}
+        ax.plot(steps, np.where(np.isfinite(column), column, np.nan), label=label if place == 0 else None, **line)
+        if np.any(alone := _alone(column)):
+            ax.plot(steps[alone], column[alone], ".", **line)
     if threshold is not None:
-        edge = np.broadcast_to(np.asarray(threshold, float), steps.shape)
-        ax.plot(steps, edge, "--", color=_SOFT, linewidth=1, label="edge of stability")
+        edge, name = np.broadcast_to(np.asarray(threshold, float), steps.shape), "edge of stability"
+        known = any(line.get_label() == name for line in ax.lines)
+        ax.plot(steps, edge, "--", color=_SOFT, linewidth=1, label=None if known else name)
     return _finish(ax, "step", "eigenvalue λ", label is not None or threshold is not None)
 
 
@@ -187,7 +197,7 @@ def loss_along(
 
     Raises:
         TypeError: `loss` is neither a model nor a function, or `pairs` no `Eigenpairs`.
-        ValueError: there are no eigenvectors, `params` is missing, or a number is out of range.
+        ValueError: there are no eigenvectors, or not of `params`; `params` is missing, or a number is out of range.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -202,9 +212,13 @@ def loss_along(
         raise ValueError("`plot.loss_along` needs eigenvectors; `pairs` came from `return_eigenvectors=False`.")
     if (num_points := as_integer("num_points", num_points)) < 2:
         raise ValueError(f"`plot.loss_along` needs `num_points >= 2`, got {num_points}.")
-    if radius is not None and not float(radius) > 0:
+    if radius is not None and not 0 < float(radius) < np.inf:
         raise ValueError(f"`plot.loss_along` needs a positive `radius`, got {radius}.")
-    params, function = _loss_of(loss, params)
+    _one(pairs.eigenvalues, 1, "loss_along")
+    params, loss, function = _loss_of(loss, params)
+    wanted, got = structure_of(params), jax.eval_shape(lambda v: jtu.tree_map(lambda x: x[0], v), pairs.eigenvectors)
+    if structure_of(got) != wanted:
+        raise ValueError(f"`plot.loss_along` needs eigenvectors shaped as `params`, {wanted}, got {got}.")
     values = np.asarray(pairs.eigenvalues, float)
     center, slopes = map(np.asarray, _center(function, loss, params, pairs.eigenvectors))
     if radius is None:
@@ -222,20 +236,22 @@ def loss_along(
 
 
 def blocks(results: Mapping[str, Any] | Any, *, label: str | None = None, ax: Any = None) -> Any:
-    """Numbers of every block, such as its eigenvalues or its trace: a line for each block, in the model's order.
+    """Numbers of every block, such as its eigenvalues or its trace: a line for each block, in the dict's order.
 
     Args:
         results: a dict from block name to `Eigenpairs`, `Estimate` or array, as `hj.map_blocks` returns it. Eigenpairs
-            that did not converge are hollow; estimates have bars of two standard errors.
+            that did not converge are hollow; estimates have bars of two standard errors. `jax.jit` sorts the names of a
+            dict that it returns.
         label: of the points, in a legend.
-        ax: the axes to draw on. Give it a second set of results on the same blocks to compare them.
+        ax: the axes to draw on. Results that were drawn there before are compared: a block keeps its line, by its
+            name, and new ones are added below.
 
     Returns:
         The axes. The horizontal one has the units of the numbers.
 
     Raises:
         TypeError: `results` is no dict, or holds something else.
-        ValueError: it is empty.
+        ValueError: it is empty, or a block's result is a batch.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -254,26 +270,53 @@ def blocks(results: Mapping[str, Any] | Any, *, label: str | None = None, ax: An
             raise TypeError(
                 f"`plot.blocks` draws `Eigenpairs`, `Estimate` and arrays, got {type(result).__name__} for {name!r}."
             )
-    ax = _axes(ax, "blocks")
+    numbers = {str(name): _numbers(result, "blocks") for name, result in results.items()}
+    ax = _axes(ax, "blocks", rows=len(results))
     colour = _next_colour(ax)
-    for row, result in enumerate(results.values()):
-        values, errors, good = _numbers(result)
-        _points(ax, values, np.full(values.size, row), good, colour, label if row == 0 else None, xerr=errors)
+    names = _rows(ax)
+    names += [name for name in numbers if name not in names]
+    for place, (name, (values, errors, good)) in enumerate(numbers.items()):
+        row = np.full(values.size, names.index(name))
+        _points(ax, values, row, good, colour, label if place == 0 else None, xerr=errors)
     ax.axvline(0, color=_SOFT, linewidth=0.8, zorder=0)
-    ax.set_yticks(range(len(results)), list(results))
-    ax.set_ylim(len(results) - 0.5, -0.5)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
     return _finish(ax, "value", "", label is not None)
 
 
-def _axes(ax: Any, caller: str) -> Any:
-    """The given axes, or those of a new figure."""
+def _axes(ax: Any, caller: str, rows: int = 0) -> Any:
+    """The given axes, or those of a new figure, high enough for that many rows of text."""
     if ax is not None:
         return ax
     try:
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(f"`hj.plot.{caller}` needs matplotlib: pip install 'hessjax[plot]'.") from error
-    return pyplot.subplots(layout="constrained")[1]
+    width, height = pyplot.rcParams["figure.figsize"]
+    return pyplot.subplots(layout="constrained", figsize=(width, max(height, 1 + 0.2 * rows)))[1]
+
+
+def _rows(ax: Any) -> list[str]:
+    """The names of the blocks that an earlier call drew on these axes."""
+    from matplotlib.ticker import FixedLocator
+
+    named = isinstance(ax.yaxis.get_major_locator(), FixedLocator)
+    return [tick.get_text() for tick in ax.get_yticklabels()] if named else []
+
+
+def _alone(column: Float[np.ndarray, " steps"]) -> np.ndarray:
+    """Which numbers have none beside them, so that a line through them would not show."""
+    here = np.pad(np.isfinite(column), 1)
+    return here[1:-1] & ~here[:-2] & ~here[2:]
+
+
+def _one(array: Any, ndim: int, caller: str) -> None:
+    """Raises ValueError where `jax.vmap` put further axes before those of one result."""
+    if np.ndim(array) > ndim:
+        raise ValueError(
+            f"`plot.{caller}` draws one result, got a batch of {np.shape(array)[:-ndim]}. Take one of it, such as "
+            "`jax.tree.map(lambda x: x[0], result)`."
+        )
 
 
 def _next_colour(ax: Any) -> str:
@@ -302,13 +345,14 @@ def _spectrum(pairs: Any, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     """`_numbers` of `Eigenpairs` or of an array."""
     if not isinstance(pairs, Eigenpairs | list | tuple | np.ndarray | jax.Array):
         raise TypeError(f"`{name}` must be `Eigenpairs` or an array of eigenvalues, got {type(pairs).__name__}.")
-    return _numbers(pairs)
+    return _numbers(pairs, "eigenvalues")
 
 
-def _numbers(result: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _numbers(result: Any, caller: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values, how far they may be off, 0 where that is not known, and which of them are good."""
     good = None
     if isinstance(result, Eigenpairs):
+        _one(result.eigenvalues, 1, caller)
         values, errors, good = result.eigenvalues, result.error_bounds, np.asarray(result.converged)
     elif isinstance(result, Estimate):
         values, errors = result.value, 2 * np.asarray(result.stderr, float)
@@ -333,23 +377,26 @@ def _trail(state: Any) -> tuple[Float[np.ndarray, "steps k"], np.ndarray]:
             "`plot.tracking` found no `hj.track_curvature` in `state`, got "
             f"{type(state).__name__}. Give it the optimizer's state, or an array of values."
         )
+    if (count := len(optax.tree.get_all_with_path(state, "history_steps"))) > 1:
+        raise ValueError(f"`plot.tracking` draws one tracker, got a state with {count}. Give it the state of one.")
     history, steps = optax.tree.get(state, "history"), optax.tree.get(state, "history_steps")
     if history is None:
         raise ValueError("The tracker keeps no history: make it with `hj.track_curvature(..., history=n)`.")
+    _one(steps, 1, "tracking")
     order = np.argsort(np.asarray(steps), kind="stable")
     order = order[np.asarray(steps)[order] >= 0]
     return np.asarray(history, float)[order], np.asarray(steps)[order]
 
 
-def _loss_of(loss: Any, params: PyTree | None) -> tuple[PyTree, Callable[[Any, PyTree], Array]]:
-    """Where to stand, and a function of the loss object and parameters."""
+def _loss_of(loss: Any, params: PyTree | None) -> tuple[PyTree, Any, Callable[[Any, PyTree], Array]]:
+    """Where to stand, the loss object, and a function of it and of parameters."""
     if isinstance(loss, Model):
-        return (loss.params if params is None else params), _model_loss
+        return (loss.params if params is None else params), loss, _model_loss
     if not callable(loss):
         raise TypeError(f"`plot.loss_along` needs a `hj.Model` or a function of the parameters, got {loss!r}.")
     if params is None:
         raise ValueError("`plot.loss_along` needs `params=` where the loss is a function.")
-    return params, _called
+    return params, as_function(loss, "loss"), _called
 
 
 def _model_loss(model: Model, params: PyTree) -> Array:

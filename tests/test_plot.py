@@ -105,11 +105,20 @@ def test_tracking_reads_the_history_out_of_an_optimizer(key):
     assert labels(ax) == ["H", "edge of stability"]
 
 
-def test_tracking_leaves_out_what_was_not_measured():
-    values = np.array([[np.nan, 1.0], [np.nan, 2.0], [0.5, 3.0]])
-    largest, second = map(drawn, hj.plot.tracking(values, steps=[10, 20, 30]).lines)
-    np.testing.assert_array_equal(largest, [[10, 20, 30], [1, 2, 3]])
-    np.testing.assert_array_equal(second, [[30], [0.5]])
+def test_tracking_leaves_a_gap_where_nothing_was_measured():
+    nan = np.nan
+    values = np.array([[nan, 1.0], [nan, 2.0], [0.5, nan], [nan, 3.0], [nan, 4.0]])
+    largest, second, alone = hj.plot.tracking(values, steps=[10, 20, 30, 40, 50]).lines
+    np.testing.assert_array_equal(drawn(largest), [[10, 20, 30, 40, 50], [1, 2, nan, 3, 4]])
+    np.testing.assert_array_equal(drawn(second)[1], [nan, nan, 0.5, nan, nan])
+    np.testing.assert_array_equal(drawn(alone), [[30], [0.5]])  # a line through one point would not show
+    assert alone.get_marker() == "."
+
+
+def test_two_thresholds_share_a_label():
+    ax = hj.plot.tracking(np.ones(3), threshold=1.0)
+    hj.plot.tracking(np.ones(3), threshold=2.0, ax=ax)
+    assert labels(ax) == ["edge of stability"]
 
 
 def test_a_quadratic_loss_is_its_parabola(key):
@@ -141,7 +150,21 @@ def test_a_model_brings_its_parameters_and_a_radius(key):
     np.testing.assert_allclose(x[-1], (2 * 2.5 / 1.0) ** 0.5, rtol=1e-5)  # the loss is 2.5, its Hessian 1
 
 
-def test_blocks_in_the_order_of_the_model(key):
+def test_blocks_keep_their_line_by_name():
+    ax = hj.plot.blocks({"b": np.float32(1), "a": [2.0], 3: [5.0]}, label="first")
+    hj.plot.blocks({"a": [2.5], "new": [7.0], "b": [1.5]}, label="second", ax=ax)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a", "3", "new"]
+    points = [drawn(line) for line in ax.lines if line.get_marker() == "o" and line.get_xdata().size]
+    np.testing.assert_array_equal(np.squeeze(points), [[1, 0], [2, 1], [5, 2], [2.5, 1], [7, 3], [1.5, 0]])
+    assert ax.get_ylim() == (3.5, -0.5)
+
+
+def test_many_blocks_get_a_higher_figure():
+    heights = [hj.plot.blocks({f"{i}": 1.0 for i in range(n)}).figure.get_figheight() for n in (3, 60)]
+    assert heights[1] == 13.0 > heights[0]
+
+
+def test_blocks_in_the_order_of_the_dict(key):
     op = hj.operator(lambda v: {"b": 2 * v["b"], "a": 3 * v["a"]}, {"b": jnp.ones(5), "a": jnp.ones(4)})
     results = {
         "pairs": hj.eigsh(op, 2, key),
@@ -206,6 +229,39 @@ def test_a_line_needs_vectors_parameters_and_points(diagonal, key):
         hj.plot.loss_along(3, pairs)
     with pytest.raises(ValueError, match="return_eigenvectors=False"):
         hj.plot.loss_along(jnp.sum, hj.eigsh(diagonal, 1, key, return_eigenvectors=False), params=jnp.ones(100))
+    with pytest.raises(ValueError, match=r"positive `radius`, got inf"):
+        hj.plot.loss_along(jnp.sum, pairs, params=jnp.ones(100), radius=np.inf)
+    with pytest.raises(ValueError, match=r"eigenvectors shaped as `params`.*\(99,\).*\(100,\)"):
+        hj.plot.loss_along(jnp.sum, pairs, params=jnp.ones(99))
+
+
+def test_a_batch_of_results_is_not_one_picture(diagonal, key):
+    keys = jax.random.split(key, 3)
+    pairs = jax.vmap(lambda key: hj.eigsh(diagonal, 2, key))(keys)
+    density = jax.vmap(lambda key: hj.spectral_density(diagonal, key, num_probes=2, num_steps=5))(keys)
+    tracker = hj.track_curvature(jnp.sum, 1, key, history=2)
+    states = jax.vmap(tracker.init)(jnp.ones((3, 4)))
+    calls = (
+        lambda: hj.plot.eigenvalues(pairs),
+        lambda: hj.plot.blocks({"a": pairs}),
+        lambda: hj.plot.loss_along(jnp.sum, pairs, params=jnp.ones(100)),
+        lambda: hj.plot.density(density),
+        lambda: hj.plot.tracking(states),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"draws one result, got a batch of \(3,\)"):
+            call()
+    with pytest.raises(ValueError, match="draws one tracker, got a state with 2"):
+        hj.plot.tracking((tracker.init(jnp.ones(4)),) * 2)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, np.nan, np.inf])
+def test_a_density_needs_a_width_and_finite_numbers(diagonal, key, sigma):
+    with pytest.raises(ValueError, match="positive `sigma`"):
+        hj.plot.density(hj.spectral_density(diagonal, key, num_probes=2, num_steps=5), sigma=sigma)
+    bad = hj.operator(lambda v: np.nan * v, like=jnp.zeros(100))
+    with pytest.raises(ValueError, match="needs a finite density"):
+        hj.plot.density(hj.spectral_density(bad, key, num_probes=2, num_steps=5))
 
 
 def test_matplotlib_is_optional(monkeypatch):

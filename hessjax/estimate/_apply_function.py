@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 from hessjax._vectors import contract, matmul, norm
 from hessjax.estimate._tridiagonal import tridiagonal_eigh
 from hessjax.krylov._lanczos import Lanczos, lanczos

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 from hessjax._vectors import or_one
 from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer, needs_key
+from hessjax._arguments import as_integer, needs_key
 from hessjax._vectors import combine, gram, or_one, structure_of
 from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import exact_diagonal

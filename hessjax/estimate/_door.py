@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 from hessjax.operators._operator import Operator
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer, needs_key
+from hessjax._arguments import as_integer, needs_key
 from hessjax._vectors import gram, inner, norm, or_one
 from hessjax.estimate._door import needs_entries
 from hessjax.estimate._exact import over_columns

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import needs_key
+from hessjax._arguments import needs_key
 from hessjax._vectors import as_vector, matmul, scalar_dtype
 from hessjax.estimate._density import Density
 from hessjax.estimate._door import at_least, needs_entries, refuse_method

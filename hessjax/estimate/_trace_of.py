@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import needs_key
+from hessjax._arguments import needs_key
 from hessjax._vectors import scalar_dtype
 from hessjax.estimate._door import at_least, needs_entries
 from hessjax.estimate._memory import probes_together

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from hessjax._compare import least_precise, tolerance_in
-from hessjax._function import full_precision
 from hessjax._model import Model, differences
+from hessjax._vectors import full_precision
 from hessjax.interop._parity import EXAMPLES, Parity, Ported, check_independence, check_verify, demand, take
 from hessjax.operators._examples import real_outputs
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from hessjax._function import as_integer, check_key
+from hessjax._arguments import as_integer, check_key
 from hessjax._vectors import as_vector, draw, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs

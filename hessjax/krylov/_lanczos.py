@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._function import as_integer, check_key
+from hessjax._arguments import as_integer, check_key
 from hessjax._vectors import as_vector, divide, draw, epsilon, norm, or_one, scalar_dtype
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import eigh

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 from hessjax._vectors import scalar_dtype, size_of
 from hessjax.krylov._basis import rows_held
 from hessjax.operators._operator import Operator, as_operator

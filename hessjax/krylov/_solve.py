@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 from hessjax._vectors import as_vector, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract
 from hessjax.operators._operator import Operator, as_operator, multiply
 

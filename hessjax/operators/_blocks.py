@@ -10,7 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from hessjax._function import needs_key
+from hessjax._arguments import needs_key
+from hessjax._function import Function, as_function
 from hessjax.operators._operator import Operator, as_operator
 
 
@@ -56,7 +57,7 @@ def per_block(op: Operator | Any, group: Callable[[str], Any] | None = None) -> 
             no such node is a block of its own. Layers are named by their key path.
 
     Returns:
-        A dict in the order of the leaves.
+        A dict in the order of the leaves, until `jax.jit` returns it: that sorts the names.
 
     Raises:
         TypeError: `op` is not an operator, or `group` returns something other than a string or None.
@@ -101,7 +102,7 @@ def map_blocks(
         A dict from the block's name to the function's value. Vectors in it have the structure of that block's vectors.
 
     Raises:
-        TypeError, ValueError: as `hj.per_block`; TypeError where `key` is no key.
+        TypeError, ValueError: as `hj.per_block`; TypeError where `key` is no key or `function` no function.
 
     Example:
         >>> import hessjax as hj, jax, jax.numpy as jnp
@@ -111,6 +112,7 @@ def map_blocks(
         {'[0]': 1.0, '[1]': 2.0, '[2]': 3.0}
     """
     op = as_operator(op, None)
+    function = as_function(function, "function")
     needs_key(key, "map_blocks")
     blocks = _blocks(op.structure, group)
     order = {name: index for index, name in enumerate(blocks)}
@@ -118,9 +120,8 @@ def map_blocks(
     results: dict[str, PyTree] = {}
     for names in _families(op.structure, blocks):
         family = tuple(blocks[name] for name in names)
-        results.update(
-            zip(names, _run(function, op, family, keys[np.array([order[name] for name in names])]), strict=True)
-        )
+        places = np.array([order[name] for name in names])
+        results.update(zip(names, _run(function, op, family, keys[places]), strict=True))
     return {name: results[name] for name in blocks}
 
 
@@ -176,7 +177,7 @@ class FamilyBlock(Operator):
 
 @eqx.filter_jit
 def _run(
-    function: Callable[[Operator, PRNGKeyArray], PyTree],
+    function: Function,
     op: Operator,
     family: tuple[Selection, ...],
     keys: Any,

@@ -46,7 +46,8 @@ def channel_last_program(
     function: Callable[..., PyTree[Array]], *args: PyTree
 ) -> tuple[ClosedJaxpr, Callable[..., PyTree[Array]]]:
     """The program of such a function for arguments of the given shapes, and a function that runs it."""
-    program, result = jax.make_jaxpr(function, return_shape=True)(*args)
+    # A function of its own, since JAX compares what it was given before, and a bound operator's arrays may be traced.
+    program, result = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
     program, treedef = program.replace(jaxpr=_rewrite(program.jaxpr, {})), jtu.tree_structure(result)
 
     def run(*args: PyTree[Array]) -> PyTree[Array]:

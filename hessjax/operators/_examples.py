@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._function import as_integer, check_key
+from hessjax._arguments import as_integer, check_key
 from hessjax._vectors import structure_of
 from hessjax.operators._slices import count_examples
 

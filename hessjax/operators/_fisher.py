@@ -78,7 +78,7 @@ def fisher(
         if mc_samples is not None:
             data = (data[0], jax.random.split(key, count_examples(data)))
         curvature = ScoreCovariance(distribution, mc_samples)
-        op = GaussNewton(as_function(forward), curvature, params, data, False, batch_size)
+        op = GaussNewton(as_function(forward, "forward"), curvature, params, data, False, batch_size)
         return hoisted(op, op.forward)
 
     return build

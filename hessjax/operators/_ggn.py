@@ -71,7 +71,9 @@ def ggn(
 
     def build(params: PyTree, inputs: PyTree, targets: PyTree) -> Operator:
         params, data = as_arguments(params, inputs, targets)
-        return gauss_newton(as_function(forward), as_function(loss), params, data, False, batch_size, mc_samples, key)
+        return gauss_newton(
+            as_function(forward, "forward"), as_function(loss, "loss"), params, data, False, batch_size, mc_samples, key
+        )
 
     return build
 
@@ -110,7 +112,7 @@ def ggn_residual(
 
     def build(params: PyTree, inputs: PyTree, targets: PyTree) -> Operator:
         params, data = as_arguments(params, inputs, targets)
-        op = Residual(as_function(forward), as_function(loss), params, data, batch_size)
+        op = Residual(as_function(forward, "forward"), as_function(loss, "loss"), params, data, batch_size)
         return hoisted(op, op.forward, op.loss)
 
     return build

@@ -97,7 +97,7 @@ def gradient_covariance(
 def _transform(forward: Any, loss: Any, batch_size: int | None, centred: bool) -> Callable[..., Operator]:
     def build(params: PyTree, inputs: PyTree, targets: PyTree) -> Operator:
         params, data = as_arguments(params, inputs, targets)
-        op = SecondMoment(as_function(forward), as_function(loss), params, data, batch_size, centred)
+        op = SecondMoment(as_function(forward, "forward"), as_function(loss, "loss"), params, data, batch_size, centred)
         return hoisted(op, op.forward, op.loss)
 
     return build

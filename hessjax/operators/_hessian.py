@@ -25,11 +25,13 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
     """Transforms a loss into its Hessian: `(params, *args) -> Operator`.
 
     The operator at (θ, *args) maps v to ∇²L(θ) v. `params` and `args` are its leaves: new values of the same shapes
-    reuse the compiled program, so pass data as arguments rather than by closure.
+    reuse the compiled program, so pass data as arguments rather than by closure. A Python number among `args` is
+    static, as a loss may branch on it: each value is a program of its own. `jnp.asarray` makes it an argument.
 
     Args:
-        loss: `loss(params, *args)`, a real scalar. Traced when a product first is: as under `jax.jit`, what it reads
-            from outside its arguments (a global, an attribute) is read then, and not again when that is rebound.
+        loss: `loss(params, *args)`, a real scalar. Traced when a product is, and again where something that it reads
+            from outside its arguments (a global, a closure, an attribute) has been rebound; but not for an array that
+            was changed in place, nor for a number in a list or a dict.
         batch_size: None for one product over all of `args`. Otherwise `loss` must be a mean over the leading axis of
             `args`, and a product sums over slices of that many examples, weighted by their count, in a loop inside the
             program: memory for one slice. A remainder is its own slice. Arrays without axes are passed whole.
@@ -58,7 +60,7 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
         args = jtu.tree_map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, args)
         if batch_size is not None:
             count_examples(args)
-        hessian = Hessian(as_function(loss), params, args, batch_size)
+        hessian = Hessian(as_function(loss, "loss"), params, args, batch_size)
         return hoisted(hessian, hessian.loss)
 
     return build

@@ -52,7 +52,7 @@ def ntk(forward: Callable[[PyTree, PyTree], PyTree]) -> Callable[[PyTree, PyTree
     """
 
     def build(params: PyTree, inputs: PyTree) -> Operator:
-        return _gram(as_function(forward), None, params, inputs, None)
+        return _gram(as_function(forward, "forward"), None, params, inputs, None)
 
     return build
 
@@ -88,7 +88,7 @@ def ggn_gram(
     """
 
     def build(params: PyTree, inputs: PyTree, targets: PyTree) -> Operator:
-        return _gram(as_function(forward), as_function(loss), params, inputs, targets)
+        return _gram(as_function(forward, "forward"), as_function(loss, "loss"), params, inputs, targets)
 
     return build
 

@@ -15,8 +15,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from hessjax._function import Function, as_function, closes_over_tracers, full_precision
-from hessjax._vectors import as_vector, inner, scalar_dtype, size_of, structure_of, subtract
+from hessjax._function import Function, as_function
+from hessjax._reads import reads_tracers
+from hessjax._vectors import as_vector, full_precision, inner, scalar_dtype, size_of, structure_of, subtract
 from hessjax.operators._convolutions import channel_last
 from hessjax.operators._together import each
 
@@ -235,16 +236,16 @@ def operator(matvec: Any, like: PyTree) -> Operator:
     structure = structure_of(like)
     leaves, treedef = jtu.tree_flatten(structure)
     with full_precision():
-        converted = eqx.filter_closure_convert(matvec, structure)
+        converted = eqx.filter_closure_convert(lambda v: matvec(v), structure)  # a lambda, so that globals count too
     eqx.filter_eval_shape(lambda v: as_image(converted(v), structure, "matvec"), structure)
     # A function without closed-over arrays stays itself: its identity then keys the compilation cache.
     hoisted = jtu.tree_leaves(eqx.filter(converted, eqx.is_array))
-    return _Wrapped(as_function(converted if hoisted else matvec), tuple(leaves), treedef)
+    return _Wrapped(as_function(converted if hoisted else matvec, "matvec"), tuple(leaves), treedef)
 
 
 def hoisted(op: Operator, *functions: Function) -> Operator:
     """`op`, in which arrays being traced that a function closes over are leaves, so that they can be differentiated."""
-    if any(closes_over_tracers(function) for function in functions):
+    if reads_tracers(*functions):
         return operator(op.product, op.like)
     return op
 

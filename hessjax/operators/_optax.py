@@ -23,7 +23,7 @@ def adam_preconditioner(
     b2: Any = None,
     eps: Any = None,
     eps_root: Any = None,
-    eps_in_sqrt: bool = True,
+    eps_in_sqrt: bool | None = None,
     like: PyTree | None = None,
 ) -> PyTree[Array]:
     """The diagonal D by which an adaptive optimizer divided its last update, from the optax state after that update.
@@ -33,22 +33,23 @@ def adam_preconditioner(
       before any weight decay. Nesterov's form (`nadam`) has the same D, with
       b1 μ (1 - b1ᵗ) / (1 - b1ᵗ⁺¹) + (1 - b1) g for μ.
     - RMSProp (`rmsprop`, `scale_by_rms`, centred or not): D = √(ν + eps), or √ν + eps with `eps_in_sqrt=False`; b2 is
-      optax's `decay`, for the bias correction where it is on.
+      optax's `decay`, for the bias correction where it is on. `contrib.schedule_free_adamw` is of this form.
     - Adagrad (`adagrad`, `scale_by_rss`): D = √(Σ g² + eps), infinite where no gradient came yet.
 
     The state is found inside `chain`, `named_chain`, `masked`, `multi_transform`, `MultiSteps` and the like. Whatever
     optax does after the division (learning rate, momentum, trust ratio) has no part in D. Other optimizers' states are
-    refused by name. But some keep Adam's state and cannot be told from it: D is right for `yogi` with `eps=1e-3`, right
-    up to one scalar factor for `radam`, and wrong for `adamax` and `adopt`.
+    refused by name. But some keep Adam's state and cannot be told from it: D is right for `lamb` with `eps=1e-6` and
+    `yogi` with `eps=1e-3`, right up to one scalar factor for `radam`, and wrong for `adamax` and `adopt`.
 
     Args:
         opt_state: the state after at least one update; D is not finite before.
         b1: as given to the optimizer. A state does not hold its hyperparameters, unless `optax.inject_hyperparams` put
-            them there: those are read. What is neither given nor found is optax's default, so give what you changed.
+            them there: those are read. What is neither given nor found is the default of optax's function (of
+            `schedule_free_adamw` inside its state), so give what you changed.
         b2: likewise; optax's `decay` for RMSProp.
         eps: likewise.
         eps_root: likewise.
-        eps_in_sqrt: likewise, for RMSProp alone.
+        eps_in_sqrt: likewise, for the form of RMSProp alone.
         like: the parameters. Needed only where some of them have no adaptive state (the part of a `multi_transform`
             under `sgd`): there D = 1.
 
@@ -70,9 +71,9 @@ def adam_preconditioner(
 
     Source: Cohen et al., Adaptive gradient methods at the edge of stability, arXiv:2207.14484, for the factor of b1.
     """
-    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    given = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root, "eps_in_sqrt": eps_in_sqrt}
     given = {name: value for name, value in given.items() if value is not None}
-    parts = [rule(state, {**injected, **given}, eps_in_sqrt) for state, rule, injected in _search(opt_state, {})]
+    parts = [rule(state, {**known, **given}) for state, rule, known in _search(opt_state, {})]
     if not parts:
         kinds = ", ".join(_kinds(opt_state)) or type(opt_state).__name__
         raise ValueError(
@@ -83,11 +84,11 @@ def adam_preconditioner(
 
 
 Hyperparameters = dict[str, Any]
-Rule = Callable[[Any, Hyperparameters, bool], PyTree]
+Rule = Callable[[Any, Hyperparameters], PyTree]
 
 
-def _search(state: Any, injected: Hyperparameters) -> list[tuple[Any, Rule, Hyperparameters]]:
-    """Every adaptive state, with the rule that reads it and the hyperparameters injected around it."""
+def _search(state: Any, known: Hyperparameters) -> list[tuple[Any, Rule, Hyperparameters]]:
+    """Every adaptive state, with the rule that reads it and the hyperparameters that are known from around it."""
     kind = type(state).__name__
     if kind in _UNREAD:
         raise ValueError(
@@ -95,11 +96,14 @@ def _search(state: Any, injected: Hyperparameters) -> list[tuple[Any, Rule, Hype
             f"{', '.join(_RULES)}. Of a partition, pass the part that belongs to one of these, and `like=params`."
         )
     if kind in _RULES:
-        return [(state, _RULES[kind], injected)]
+        return [(state, _RULES[kind], known)]
     hyperparams = getattr(state, "hyperparams", None)
     if isinstance(hyperparams, Mapping):
-        injected = {**injected, **hyperparams}
-    return [hit for child in _children(state) for hit in _search(child, injected)]
+        known = {**known, **hyperparams}
+    children = _children(state)
+    for node in (state, *children):
+        known = {**_DEFAULTS.get(type(node).__name__, {}), **known}
+    return [hit for child in children for hit in _search(child, known)]
 
 
 def _kinds(state: Any) -> list[str]:
@@ -123,12 +127,12 @@ def _warmth(decay: Any, count: Any) -> Array:
     return 1 - decay ** jnp.asarray(count)
 
 
-def _adam(state: Any, given: Hyperparameters, _: bool) -> PyTree:
+def _adam(state: Any, given: Hyperparameters) -> PyTree:
     corrected = _corrected(state.nu, given.get("b2", 0.999), state.count)
     return _with_momentum(state, corrected, given)
 
 
-def _amsgrad(state: Any, given: Hyperparameters, _: bool) -> PyTree:
+def _amsgrad(state: Any, given: Hyperparameters) -> PyTree:
     return _with_momentum(state, state.nu_max, given)
 
 
@@ -139,18 +143,18 @@ def _with_momentum(state: Any, nu: PyTree, given: Hyperparameters) -> PyTree:
     return jtu.tree_map(lambda x: warmth.astype(x.dtype) * (jnp.sqrt(x + root) + eps).astype(x.dtype), nu)
 
 
-def _rms(state: Any, given: Hyperparameters, eps_in_sqrt: bool) -> PyTree:
+def _rms(state: Any, given: Hyperparameters) -> PyTree:
     decay, eps = given.get("b2", given.get("decay", 0.9)), given.get("eps", 1e-8)
     corrects = "count" in state._fields
     nu = _corrected(state.nu, decay, state.count) if corrects else state.nu
     if "mu" in state._fields:  # centred: the variance in place of the second moment
         mu = _corrected(state.mu, decay, state.count) if corrects else state.mu
         nu = jtu.tree_map(lambda x, m: x - m * m, nu, mu)
-    root = (lambda x: jnp.sqrt(x + eps)) if eps_in_sqrt else (lambda x: jnp.sqrt(x) + eps)
+    root = (lambda x: jnp.sqrt(x + eps)) if given.get("eps_in_sqrt", True) else (lambda x: jnp.sqrt(x) + eps)
     return jtu.tree_map(lambda x: root(x).astype(x.dtype), nu)
 
 
-def _adagrad(state: Any, given: Hyperparameters, _: bool) -> PyTree:
+def _adagrad(state: Any, given: Hyperparameters) -> PyTree:
     eps = given.get("eps", 1e-7)
     return jtu.tree_map(lambda x: jnp.where(x > 0, jnp.sqrt(x + eps), jnp.inf).astype(x.dtype), state.sum_of_squares)
 
@@ -164,6 +168,10 @@ _RULES: dict[str, Rule] = {
     "ScaleByRStdDevState": _rms,
     "ScaleByRStdDevWithCountState": _rms,
     "ScaleByRssState": _adagrad,
+}
+# The defaults of optax's functions that wrap such a state, by the state that tells of the wrapping.
+_DEFAULTS: dict[str, Hyperparameters] = {
+    "ScheduleFreeState": {"decay": 0.999, "eps_in_sqrt": False},  # contrib.schedule_free_adamw
 }
 _UNREAD = {
     "FactoredState",

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from hessjax._function import as_integer
+from hessjax._arguments import as_integer
 
 
 def count_examples(args: PyTree) -> int:

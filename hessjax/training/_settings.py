@@ -5,9 +5,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
-from hessjax._function import Function, as_function, as_integer, needs_key
+from hessjax._arguments import as_integer, needs_key
+from hessjax._function import Function, as_function
 from hessjax.krylov._warm import WHICH
 from hessjax.operators import adam_preconditioner
 
@@ -62,12 +65,12 @@ class Settings(eqx.Module):
             least = int(name in positive)
             if as_integer(name, value) < least:
                 raise ValueError(f"`track_curvature` needs `{name} >= {least}`, got {value}.")
-        if not 0 < float(tol) < 1:
-            raise ValueError(f"`track_curvature` needs 0 < `tol` < 1, got {tol}.")
+        if not isinstance(tol, int | float | np.number | np.ndarray) or not 0 < float(tol) < 1:
+            raise ValueError(f"`track_curvature` needs a number 0 < `tol` < 1, known at compile time, got {tol!r}.")
         if grow_above is not None:
             if which != "LA":
                 raise ValueError(f'`grow_above` goes with `which="LA"`, got {which!r}.')
-            if not eqx.is_array_like(grow_above) or jnp.ndim(grow_above) != 0 or jnp.iscomplexobj(grow_above):
+            if not _is_threshold(grow_above):
                 raise ValueError(
                     "`grow_above` must be a real scalar, such as `hj.edge_of_stability('sgd', learning_rate)`, got "
                     f"{grow_above!r}."
@@ -82,9 +85,9 @@ class Settings(eqx.Module):
         needs_key(key, "track_curvature")
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         return cls(
-            function=as_function(operator if loss is None else loss),
+            function=as_function(loss, "loss") if operator is None else as_function(operator, "operator"),
             builds=loss is None,
-            preconditioner=None if preconditioner is None else as_function(preconditioner),
+            preconditioner=None if preconditioner is None else as_function(preconditioner, "preconditioner"),
             grow_above=None if grow_above is None else jnp.asarray(grow_above, float),
             implementation=jax.random.key_impl(key) if typed else None,
             k=as_integer("k", k),
@@ -95,3 +98,10 @@ class Settings(eqx.Module):
             guards=as_integer("guards", guards),
             history=as_integer("history", history),
         )
+
+
+def _is_threshold(value: Any) -> bool:
+    """A real scalar, and a number where its value is known."""
+    if not eqx.is_array_like(value) or jnp.ndim(value) != 0 or jnp.iscomplexobj(value):
+        return False
+    return isinstance(value, Tracer) or not np.isnan(float(value))

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from hessjax._vectors import or_one
 
-Coefficients = Sequence[ArrayLike]
+Coefficients = Sequence[ArrayLike] | Array | np.ndarray
 
 _NAMED: dict[str, Callable[[ArrayLike], Coefficients]] = {
     "gradient_descent": lambda _: (0.0, 1.0, 0.0),
@@ -50,7 +54,8 @@ def edge_of_stability(optimizer: str | Coefficients, learning_rate: ArrayLike, *
         The threshold, shaped as `learning_rate`. Zero if they never shrink.
 
     Raises:
-        ValueError: the name is not known, or there are not three coefficients.
+        ValueError: the name is not known, there are not three coefficients, or a rate is not positive.
+        TypeError: `learning_rate` is no number, such as one of optax's schedules.
 
     Example:
         >>> import hessjax as hj
@@ -61,6 +66,13 @@ def edge_of_stability(optimizer: str | Coefficients, learning_rate: ArrayLike, *
     arXiv:2103.00065, for descent and momentum; Adaptive gradient methods at the edge of stability, arXiv:2207.14484,
     for Adam.
     """
+    if not eqx.is_array_like(learning_rate):
+        raise TypeError(
+            f"`learning_rate` must be a number or an array, got {learning_rate!r}. Of a schedule, take "
+            "`schedule(step)`."
+        )
+    if not isinstance(learning_rate, Tracer) and not np.all(np.asarray(learning_rate) > 0):
+        raise ValueError(f"`learning_rate` must be positive, got {learning_rate}.")
     if isinstance(optimizer, str):
         name = _ALIASES.get(optimizer, optimizer)
         if name not in _NAMED:
@@ -69,8 +81,8 @@ def edge_of_stability(optimizer: str | Coefficients, learning_rate: ArrayLike, *
                 f"got {optimizer!r}."
             )
         optimizer = _NAMED[name](momentum)
-    if len(optimizer) != 3:
-        raise ValueError(f"`optimizer` must have three coefficients (b, p, q), got {len(optimizer)}.")
+    if not isinstance(optimizer, Sequence | np.ndarray | jax.Array) or len(optimizer) != 3:
+        raise ValueError(f"`optimizer` must be a name or three coefficients (b, p, q), got {optimizer!r}.")
     b, p, q = (jnp.asarray(c, jnp.result_type(float)) for c in optimizer)
     # z² - (1 + b - ηλ (p + q)) z + b (1 - ηλ p) has both roots in the unit circle: none at ±1, and no pair on it.
     flips = _bound(2 * (1 + b), p * (1 + b) + q)

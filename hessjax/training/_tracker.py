@@ -92,10 +92,11 @@ def track_curvature(
         eigenvalues are NaN and the residuals infinite, and the next measurement starts afresh.
 
     Raises:
-        ValueError: an argument is out of range; both or neither of `loss` and `operator` came; and, from `update`, if
-            `params`, `batch` or `opt_state` is missing.
-        TypeError: `k`, `every`, `certify`, `guards` or `history` is not an integer, `key` no key; and, from `init`, a
-            parameter is not a floating-point array.
+        ValueError: an argument is out of range; both or neither of `loss` and `operator` came; from `update`, if
+            `params`, `batch` or `opt_state` is missing, or the state is that of other parameters; and where a part of
+            the parameters is masked.
+        TypeError: `loss` or `operator` is no function; `k`, `every`, `certify`, `guards` or `history` is not an
+            integer, `key` no key; and, from `init`, a parameter is not a floating-point array.
 
     Example:
         >>> import hessjax as hj, jax, jax.numpy as jnp, optax
@@ -124,6 +125,7 @@ def track_curvature(
     )
 
     def init(params: optax.Params) -> Any:  # a CurvatureState, for which optax's own alias is too narrow
+        _needs_all(params)
         n = size_of(structure_of(params))
         if settings.k > n:
             raise ValueError(f"`track_curvature` needs `k` <= {n}, the number of parameters, got {settings.k}.")
@@ -153,13 +155,41 @@ def track_curvature(
             raise ValueError(
                 "`track_curvature` with a `preconditioner` needs `opt_state=`, the optimizer's state. Got None."
             )
-        structure_of(params)
+        _needs_all(params)
+        _needs_state_of(state, params, settings.k)
         vectors = jtu.tree_map(jnp.asarray, (params, updates, grad))
         given = Measured(vectors[0], batch, opt_state if settings.preconditioner is not None else None, *vectors[1:])
         given = jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, given)
         return updates, _follow(settings, state, given)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _needs_all(params: PyTree) -> None:
+    """Raises ValueError where an optax combinator hides a part of the parameters, of which the loss is a function."""
+    masked = [node for node in jtu.tree_leaves(params, is_leaf=_is_masked) if _is_masked(node)]
+    if masked:
+        raise ValueError(
+            f"`track_curvature` needs all parameters, but {len(masked)} of them are masked, as in `optax.masked` or "
+            "`optax.multi_transform`. Chain the tracker outside."
+        )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _needs_state_of(state: Any, params: PyTree, k: int) -> None:
+    """Raises ValueError unless `state` is what `init` makes for these parameters."""
+    if not isinstance(state, CurvatureState):
+        raise ValueError(f"`track_curvature` needs the state that its `init` made, got {type(state).__name__}.")
+    structure = structure_of(params)
+    tracked = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.eigenvectors)
+    if tracked != structure or state.eigenvalues.shape != (k,):
+        raise ValueError(
+            f"`track_curvature` needs the state that its `init` made for these parameters, {k} pairs on {structure}, "
+            f"got {state.eigenvalues.shape[0]} on {tracked}."
+        )
 
 
 class Measured(eqx.Module):
@@ -252,6 +282,10 @@ def _record(
 def _operator(settings: Settings, given: Measured) -> Operator:
     build = settings.function if settings.builds else hvp(settings.function)
     op = build(given.params, *given.batch)
+    if not isinstance(op, Operator):
+        raise TypeError(f"`operator` must return an `hj.Operator`, got {type(op).__name__}. See `hj.operator`.")
+    # What the loss closes over may be differentiated around the tracker; the measurement is not.
+    op = jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, op)
     if op.structure != structure_of(given.params):
         raise ValueError(
             f"`operator` must act on vectors shaped as the parameters, {structure_of(given.params)}, got "

@@ -87,6 +87,17 @@ def test_the_others_update_is_the_gradient_over_the_scale(case, x64):
     assert_divides(hj.adam_preconditioner(state, **numbers), gradient, updates)
 
 
+@pytest.mark.parametrize("numbers", [{}, {"b2": 0.9, "eps": 1e-2}])
+def test_schedule_free_adamw_is_read_with_its_own_defaults(numbers, x64):
+    optimizer = optax.contrib.schedule_free_adamw(1.0, **numbers)
+    theta, gradient = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -1e-3])}
+    before = optimizer.update(gradient, optimizer.init(theta), theta)[1]
+    _, after = optimizer.update(gradient, before, theta)
+    step = jax.tree.map(jnp.subtract, after.z, before.z)
+    scale = hj.adam_preconditioner(after, **numbers)
+    np.testing.assert_allclose(-gradient["w"] / scale["w"], step["w"], rtol=1e-6)
+
+
 def test_numbers_that_are_given_go_before_those_that_are_found(x64):
     _, _, state = last_update(optax.inject_hyperparams(optax.adam)(1.0, eps=0.5))
     found, given = (hj.adam_preconditioner(state, **numbers)["in"]["b"] for numbers in ({}, {"eps": 1.5}))

@@ -78,5 +78,8 @@ def test_optimizers_that_are_never_stable():
 def test_errors_name_the_optimizer_and_the_coefficients():
     with pytest.raises(ValueError, match=r"adam.*got 'lion'"):
         hj.edge_of_stability("lion", 0.1)
-    with pytest.raises(ValueError, match=r"three coefficients.*got 2"):
+    with pytest.raises(ValueError, match=r"three coefficients.*got \(0.9, 1.0\)"):
         hj.edge_of_stability((0.9, 1.0), 0.1)
+    with pytest.raises(ValueError, match="`learning_rate` must be positive"):
+        hj.edge_of_stability("sgd", np.array([0.1, 0.0]))
+    assert hj.edge_of_stability(np.array([0.0, 1.0, 0.0]), 0.1) == pytest.approx(20.0)

@@ -323,6 +323,43 @@ def test_errors_at_the_door_name_the_remedy():
         hj.track_curvature(loss, 1, key, every=1.5)
     with pytest.raises(TypeError, match="key"):
         hj.track_curvature(loss, 1, None)
+    for wrong in ({"tol": None}, {"tol": "a"}, {"tol": np.nan}, {"grow_above": np.nan}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            hj.track_curvature(loss, 1, key, **wrong)
+    with pytest.raises(ValueError, match=r"init.*got tuple"):
+        tracker.update(params, (state,), params, batch=batch)
+    with pytest.raises(ValueError, match=r"init.*2 pairs.*got 1"):
+        hj.track_curvature(loss, 2, key).update(params, state, params, batch=batch)
+    with pytest.raises(ValueError, match=r"init.*these parameters"):
+        tracker.update(params, state, params["in"], batch=batch)
+    with pytest.raises(ValueError, match="1 of them are masked"):
+        optax.masked(tracker, {"in": True, "scale": False, "out": True, "none": True}).init(params)
+    builder = hj.track_curvature(None, 1, key, operator=lambda p, *_: lambda v: v)
+    with pytest.raises(TypeError, match=r"`operator` must return an `hj.Operator`, got function"):
+        builder.update(params, builder.init(params), params, batch=batch)
+
+
+def test_a_run_is_differentiable_by_what_the_tracked_loss_holds():
+    def trained(strength):
+        def held(w):
+            return strength * jnp.sum(w**4) / 12
+
+        tracker = hj.track_curvature(held, 1, jax.random.key(0))
+
+        def step(carry, _):
+            w, state = carry
+            gradient = jax.grad(held)(w)
+            _, state = tracker.update(gradient, state, w, batch=())
+            return (w - 0.1 * gradient, state), state.eigenvalues
+
+        w = jnp.array([1.0, 2.0])
+        (w, _), values = jax.lax.scan(step, (w, tracker.init(w)), length=3)
+        return jnp.sum(w), values
+
+    (_, values), slope = jax.value_and_grad(trained, has_aux=True)(1.0)
+    np.testing.assert_allclose(values[0], [4.0], rtol=1e-4)
+    numeric = (trained(1.01)[0] - trained(0.99)[0]) / 0.02
+    np.testing.assert_allclose(slope, numeric, rtol=1e-2)
 
 
 @pytest.mark.slow
