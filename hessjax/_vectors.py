@@ -6,6 +6,7 @@ live in the widest dtype among the leaves, and at least in float32.
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -166,3 +167,10 @@ def full_precision() -> contextlib.AbstractContextManager[None]:
     """
     chosen = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] added at run time
     return contextlib.nullcontext() if chosen is not None else jax.default_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """Where shapes and dtypes combine as NumPy's do, though the caller may have told JAX to be strict about them."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import or_one
+from hessjax._vectors import or_one, usual_promotion
 from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread
 
@@ -45,6 +45,7 @@ class Density(eqx.Module):
     size: int = eqx.field(static=True)
     num_matvecs: Int[Array, ""]
 
+    @usual_promotion()
     def pdf(self, grid: Any, sigma: Any = None) -> Estimate:
         """The density on `grid`, smoothed by a normal distribution.
 
@@ -59,6 +60,7 @@ class Density(eqx.Module):
         sigma = self.default_width if sigma is None else jnp.asarray(sigma, self.nodes.dtype)
         return self._per_probe(partial(smoothed, grid, sigma))
 
+    @usual_promotion()
     def log_pdf(self, grid: Any, sigma: Any = 0.1) -> Estimate:
         """The density of log₁₀|λ|, for spectra that span decades: mass per decade, of both signs together.
 
@@ -80,6 +82,7 @@ class Density(eqx.Module):
 
         return self._per_probe(probe)
 
+    @usual_promotion()
     def cdf(self, grid: Any) -> Estimate:
         """The fraction of eigenvalues at or below each point of `grid`.
 
@@ -92,6 +95,7 @@ class Density(eqx.Module):
         grid = self._points(grid)
         return self._per_probe(partial(mass_up_to, grid))
 
+    @usual_promotion()
     def count(self, low: Any, high: Any) -> Estimate:
         """The number of eigenvalues in [low, high].
 
@@ -133,6 +137,7 @@ class Density(eqx.Module):
             raise ValueError(f"`moment` needs `p >= 0`, got {p}.")
         return self.mean_of(lambda x: x**p)
 
+    @usual_promotion()
     def mean_of(self, function: Callable[[Array], Array]) -> Estimate:
         """The mean of f(λ): tr f(A) / n.
 
@@ -145,6 +150,7 @@ class Density(eqx.Module):
         values = jnp.where(self.weights != 0, self.weights * function(self.nodes), 0)
         return average(jnp.sum(values, axis=1), self.num_matvecs)
 
+    @usual_promotion()
     def quantile(self, q: Any) -> Estimate:
         """The λ below which the fraction q of the eigenvalues lies.
 
@@ -167,6 +173,7 @@ class Density(eqx.Module):
         half = jnp.where(jnp.isfinite(error), (ends[1] - ends[0]) / 2, jnp.inf)
         return Estimate(value, lax.stop_gradient(half), self.num_matvecs)
 
+    @usual_promotion()
     def function_of_means(self, integrands: Any, function: Callable[..., Array]) -> Estimate:
         """A function g of several means of f(λ), such as a ratio, with a jackknife error over the probes.
 

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import combine, gram, or_one, structure_of
+from hessjax._vectors import combine, gram, or_one, structure_of, usual_promotion
 from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import exact_diagonal
 from hessjax.estimate._probes import BATCH, products, signs
@@ -98,6 +98,7 @@ def diagonal(
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _diagonal(
     op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, rtol: Array | None, packing: Packing
 ) -> Diagonal:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import gram, inner, norm, or_one
+from hessjax._vectors import gram, inner, norm, or_one, usual_promotion
 from hessjax.estimate._door import needs_entries
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
@@ -69,6 +69,7 @@ def frobenius_norm(
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _frobenius_norm(
     op: Operator, num_matvecs: int, key: PRNGKeyArray, rtol: Array | None, packing: Packing
 ) -> Estimate:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hessjax._vectors import or_one
+from hessjax._vectors import or_one, usual_promotion
 
 
 def extents(nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"]) -> tuple[Array, Array]:
@@ -71,6 +71,7 @@ def smoothed(
     return jnp.sum(weights / 2 * (low + high), axis=-1)
 
 
+@usual_promotion()
 def invert(
     function: Callable[[Array], Array], target: Float[Array, "..."], low: Array, high: Array
 ) -> Float[Array, "..."]:

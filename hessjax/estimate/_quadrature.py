@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import matmul, scalar_dtype
+from hessjax._vectors import matmul, scalar_dtype, usual_promotion
 from hessjax.estimate._probes import in_batches, on_sphere
 from hessjax.estimate._tridiagonal import Tridiagonals, tridiagonal_eigh, tridiagonalize
 from hessjax.krylov._basis import Basis
@@ -99,6 +99,7 @@ def _run(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple
 
 
 @eqx.filter_custom_jvp
+@usual_promotion()
 def _rules(op: Operator, keys: Array, removed: PyTree | None, plan: Plan) -> tuple[Array, ...]:
     def batch(keys: Array) -> tuple[Array, ...]:
         matrices, basis = _run(op, keys, removed, plan)
@@ -135,6 +136,7 @@ def gauss(matrix: Tridiagonals) -> tuple[Array, Array, Array, Array]:
 
 
 @_rules.def_jvp
+@usual_promotion()
 def _rules_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The derivative of Σ wⱼ f(θⱼ) is Σ sᵢ sⱼ f[θᵢ, θⱼ] yᵢᵀ (∂A) yⱼ, with s² = w and yᵢ the Ritz vectors.
 

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import needs_key
-from hessjax._vectors import as_vector, matmul, scalar_dtype
+from hessjax._vectors import as_vector, matmul, scalar_dtype, usual_promotion
 from hessjax.estimate._density import Density
 from hessjax.estimate._door import at_least, needs_entries, refuse_method
 from hessjax.estimate._kernel_polynomial import bound_steps, chebyshev_rules
@@ -150,6 +150,7 @@ def _known(op: Operator, pairs: Any) -> Known:
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _spectral_density(
     op: Operator, key: PRNGKeyArray, known: Known | None, num_probes: int, plan: Plan, method: str
 ) -> Density:

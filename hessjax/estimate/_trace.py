@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import combine, gram, inner, stacked, structure_of
+from hessjax._vectors import combine, gram, inner, stacked, structure_of, usual_promotion
 from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
@@ -88,6 +88,7 @@ def trace(
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _trace(
     op: Operator, num_matvecs: int, key: PRNGKeyArray, method: str, rtol: Array | None, packing: Packing
 ) -> Estimate:

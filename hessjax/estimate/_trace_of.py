@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import needs_key
-from hessjax._vectors import scalar_dtype
+from hessjax._vectors import scalar_dtype, usual_promotion
 from hessjax.estimate._door import at_least, needs_entries
 from hessjax.estimate._memory import probes_together
 from hessjax.estimate._quadrature import Plan, Rules, gauss_rules
@@ -146,11 +146,13 @@ def _means(f: Callable[[Array], Array], nodes: Array, weights: Array) -> Float[A
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _rules(op: Operator, key: PRNGKeyArray, probes: int, plan: Plan) -> Rules:
     return gauss_rules(op, jax.random.split(key, probes), None, plan)
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _eigenvalues(op: Operator) -> Float[Array, " n"]:
     arrays, rest = eqx.partition(op, eqx.is_array)
     fixed = eqx.combine(lax.stop_gradient(arrays), rest)

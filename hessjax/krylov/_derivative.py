@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from hessjax._vectors import usual_promotion
 from hessjax.operators._operator import Operator, quadratic_form
 
 
@@ -18,6 +19,7 @@ def differentiable(_op: Operator, values: Float[Array, " k"], _vectors: PyTree) 
 
 
 @differentiable.def_jvp
+@usual_promotion()
 def _eigenvalue_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     op, values, vectors = primals
     vectors = _fixed_vectors(op, vectors)

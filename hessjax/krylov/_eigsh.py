@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, check_key
-from hessjax._vectors import as_vector, draw, scalar_dtype
+from hessjax._vectors import as_vector, draw, scalar_dtype, usual_promotion
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._dense import dense_eigenpairs
 from hessjax.krylov._derivative import differentiable
@@ -181,6 +181,7 @@ def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _solve(
     op: Operator,
     start: PyTree | None,

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._arguments import as_integer, check_key
-from hessjax._vectors import as_vector, divide, draw, epsilon, norm, or_one, scalar_dtype
+from hessjax._vectors import as_vector, divide, draw, epsilon, norm, or_one, scalar_dtype, usual_promotion
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import eigh
 from hessjax.operators._operator import Operator, as_operator
@@ -124,6 +124,7 @@ def start_vector(op: Operator, key: PRNGKeyArray | None, v0: PyTree | None, call
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _lanczos(op: Operator, start: PyTree, num_steps: int, packing: Packing) -> Lanczos:
     op, start = Packed(op, packing), packing.pack(start)
     dtype, eps = scalar_dtype(start), epsilon(start)

@@ -13,7 +13,7 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import as_vector, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract
+from hessjax._vectors import as_vector, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract, usual_promotion
 from hessjax.operators._operator import Operator, as_operator, multiply
 
 
@@ -99,6 +99,7 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
     # Of length one, so that squares neither overflow nor vanish; x is linear in b, and the length has no derivative.
     size = jax.lax.stop_gradient(norm(b))

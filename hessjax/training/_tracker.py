@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._vectors import select, size_of, structure_of
+from hessjax._vectors import select, size_of, structure_of, usual_promotion
 from hessjax.krylov._warm import LowRank, WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, hvp, precondition
 from hessjax.training._settings import Settings
@@ -203,6 +203,7 @@ class Measured(eqx.Module):
 
 
 @eqx.filter_jit
+@usual_promotion()
 def _follow(settings: Settings, state: CurvatureState, given: Measured) -> CurvatureState:
     """The state after one more update. Compiled by itself, so that a loop in Python compiles once."""
     due = state.step % settings.every == 0
