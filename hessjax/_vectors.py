@@ -44,7 +44,7 @@ def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str
     """`vector` with `structure`'s dtypes.
 
     Raises:
-        ValueError: tree or shapes differ from `structure`; the message names the first leaf that does.
+        ValueError: tree or shapes differ from `structure`, or a leaf is complex; the message names the first such leaf.
     """
     got, wanted = jtu.tree_structure(vector), jtu.tree_structure(structure)
     if got != wanted:
@@ -55,6 +55,8 @@ def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str
             raise ValueError(
                 f"`{name}` must have shape {spec.shape} at `{jtu.keystr(path) or 'the root'}`, got {jnp.shape(leaf)}."
             )
+        if jnp.iscomplexobj(leaf):
+            raise ValueError(f"`{name}` must be real, but is complex at `{jtu.keystr(path) or 'the root'}`.")
         return jnp.asarray(leaf, dtype=spec.dtype)
 
     return jtu.tree_map_with_path(cast, structure, vector)

@@ -22,13 +22,12 @@ from hessjax.krylov._eigenpairs import Eigenpairs, fix_signs
 from hessjax.krylov._interior import nearest_eigenpairs
 from hessjax.krylov._memory import default_ncv, storage_name
 from hessjax.krylov._noise import NOISE_PRODUCTS, product_noise
-from hessjax.krylov._projected import isolation, neighbour_gaps
+from hessjax.krylov._projected import WHICH, isolation, neighbour_gaps
 from hessjax.krylov._restarted import Iteration
 from hessjax.krylov._state import BROKEN, CERTIFIED, Plan, State
 from hessjax.operators._operator import Operator, as_operator
 from hessjax.operators._packing import Packed, Packing
 
-WHICH = ("LM", "LA", "SA", "BE", "SM")
 _DENSE_SIZE = 256  # up to here n products and a dense `eigh` beat an iteration, and cannot miss anything
 _DENSE_INTERIOR_SIZE = 2048  # inside the spectrum an iteration seldom needs fewer than n products
 _STAGES = 10  # of a solve inside the spectrum
@@ -174,6 +173,11 @@ def _start_block(op: Operator, key: PRNGKeyArray | None, v0: PyTree | Eigenpairs
     if first is not None and spec is not None and jnp.ndim(first) == len(spec.shape) + 1:
         length = jnp.shape(first)[0]
         block = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), structure)
+        if jnp.shape(first)[1:] != spec.shape == jnp.shape(first)[:-1]:
+            raise ValueError(
+                f"`v0` must have its vectors on the leading axis, got {jnp.shape(first)} for vectors of {spec.shape}: "
+                "SciPy's columns are the rows of `v0.T`."
+            )
         if length == 0 or length > op.size:
             raise ValueError(f"`v0` must hold between 1 and {op.size} vectors on its leading axis, got {length}.")
         return as_vector(v0, block, "v0")

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from hessjax._arguments import as_integer
 from hessjax._vectors import scalar_dtype, size_of
 from hessjax.krylov._basis import rows_held
+from hessjax.krylov._projected import WHICH
 from hessjax.operators._operator import Operator, as_operator
 
 _SHARE = 8  # by default a solve may take an eighth of the device's memory
@@ -33,8 +34,9 @@ def memory_estimate(
 ) -> int:
     """The bytes that `eigsh` will hold at its peak, beside what a product itself needs.
 
-    ncv + 2k + 12 vectors at most, and a few ncv × ncv matrices. The true figure of a compiled program is XLA's own,
-    `jax.jit(f).lower(...).compile().memory_analysis()`; it includes the product's memory.
+    ncv + 2k + 12 vectors at most, 9k/4 + 6 more inside the spectrum, and a few ncv × ncv matrices. A block `v0` comes
+    on top, and what is widened of leaves in half precision beside others. The true figure of a compiled program is
+    XLA's own, `jax.jit(f).lower(...).compile().memory_analysis()`; it includes the product's memory.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -45,7 +47,7 @@ def memory_estimate(
         like: a pytree shaped as the vectors, when `op` is a plain function.
 
     Raises:
-        ValueError: `k` or `ncv` is out of range.
+        ValueError: `k` or `ncv` is out of range, or `which` is unknown.
         TypeError: `basis_dtype` is no floating-point dtype.
 
     Example:
@@ -59,10 +61,12 @@ def memory_estimate(
     k = as_integer("k", k)
     if not 1 <= k <= n:
         raise ValueError(f"`memory_estimate` needs 1 <= `k` <= {n}, the operator's size, got {k}.")
+    if which not in WHICH:
+        raise ValueError(f"`which` must be one of {', '.join(WHICH)}, got {which!r}.")
     ncv = default_ncv(structure, k, which) if ncv is None else as_integer("ncv", ncv)
-    if not k <= ncv <= n:
-        raise ValueError(f"`memory_estimate` needs {k} <= `ncv` <= {n}, got {ncv}.")
-    return _bytes(structure, k, ncv, storage_name(basis_dtype, structure))
+    if not (k < ncv <= n or k == ncv == n):
+        raise ValueError(f"`memory_estimate` needs `ncv` above `k` = {k} and at most {n}, got {ncv}.")
+    return _bytes(structure, k, ncv, storage_name(basis_dtype, structure), which)
 
 
 def default_ncv(
@@ -96,40 +100,46 @@ def default_ncv(
     least, most = min(n, max(2 * k + 1, 20)), min(n, max(2 * k + 1, 20, k + spare))
     budget = device_memory() // _SHARE if limit is None else limit
     choices = range(least, most + 1)
-    fitting = bisect.bisect_right(choices, budget, key=lambda ncv: _bytes(structure, k, ncv, storage))
+    fitting = bisect.bisect_right(choices, budget, key=lambda ncv: _bytes(structure, k, ncv, storage, which))
     if limit is not None and fitting == 0:
+        needed = _bytes(structure, k, least, storage, which)
         raise ValueError(
             f"`memory_limit` = {limit:,} bytes does not hold the smallest Krylov dimension {least}, which needs "
-            f"{_bytes(structure, k, least, storage):,}. Raise it, give a smaller `ncv`, or `basis_dtype='bfloat16'`."
+            f"{needed:,}. Raise it, give a smaller `ncv`, or `basis_dtype='bfloat16'`."
         )
     return choices[max(fitting - 1, 0)]
 
 
 def storage_name(dtype: Any, structure: PyTree[jax.ShapeDtypeStruct]) -> str | None:
-    """The name of a storage dtype, None where it is not narrower than the vectors' own.
+    """The name of a storage dtype, None where rows are kept as the vectors are.
+
+    That is so where it is not narrower, but for vectors all of one dtype of 16 bits: XLA:CPU would widen whole blocks
+    of these to multiply them.
 
     Raises:
         TypeError: it is no floating-point dtype.
     """
+    own = {leaf.dtype for leaf in jtu.tree_leaves(structure)}
+    half = next(iter(own)).name if len(own) == 1 and next(iter(own)).itemsize == 2 else None
     if dtype is None:
-        return None
+        return half
     try:
         wanted = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {dtype!r}.") from None
     if not jnp.issubdtype(wanted, jnp.floating) or wanted.itemsize < 2:
         raise TypeError(f"`basis_dtype` must be a floating-point dtype such as 'bfloat16', got {wanted}.")
-    narrowest = min((leaf.dtype.itemsize for leaf in jtu.tree_leaves(structure)), default=0)
-    return wanted.name if wanted.itemsize < narrowest else None
+    return wanted.name if wanted.itemsize < min((leaf.itemsize for leaf in own), default=0) else half
 
 
-def _bytes(structure: PyTree[jax.ShapeDtypeStruct], k: int, ncv: int, storage: str | None) -> int:
-    vector = _vector_bytes(structure, None)
+def _bytes(structure: PyTree[jax.ShapeDtypeStruct], k: int, ncv: int, storage: str | None, which: str) -> int:
+    vector, itemsize = _vector_bytes(structure, None), np.dtype(scalar_dtype(structure)).itemsize
+    wide = max(vector, size_of(structure) * itemsize) if storage is not None else vector
     rows = rows_held(ncv + 2, storage)
     basis = rows * _vector_bytes(structure, storage)
-    widened = 0 if storage is None else rows_held(1, storage) * vector  # where rows meet a vector
-    square = _SQUARES * rows**2 * np.dtype(scalar_dtype(structure)).itemsize
-    return basis + widened + (2 * k + _WORKING - 2) * vector + square
+    widened = 0 if storage is None else rows_held(1, storage) * wide  # where rows meet a vector
+    working = _WORKING - 2 + (9 * k // 4 + 6 if which == "SM" else 0)
+    return basis + widened + 2 * k * vector + working * wide + _SQUARES * rows**2 * itemsize
 
 
 def _vector_bytes(structure: PyTree[jax.ShapeDtypeStruct], storage: str | None) -> int:

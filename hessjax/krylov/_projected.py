@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Scalar
 from hessjax._vectors import matmul, or_one
 from hessjax.krylov._eigh import eigh
 
+WHICH = ("LM", "LA", "SA", "BE", "SM")  # SciPy's words
 # Leading sizes that a projected problem is solved at. Up to 62 rows OpenBLAS, the CPU's LAPACK, runs `eigh` on one
 # thread. Above, it wakes a thread per core for loops of microseconds and waits for all of them: where other programs
 # share the cores, 0.2 ms become 10 ms at 64 rows, and 1 ms becomes 170 ms at 136. A GPU takes as long as many of its

@@ -10,13 +10,13 @@ from hessjax.krylov._memory import default_ncv
 N = 20_000
 
 
-def peak(k, ncv, storage=None, n=N):
+def peak(k, ncv, storage=None, n=N, which="LA", dtype=jnp.float32):
     """Bytes of the compiled program: XLA's own figure."""
 
     def solve(values, key):
-        return hj.eigsh(Diagonal(values), k, key, which="LA", tol=1e-3, ncv=ncv, basis_dtype=storage)
+        return hj.eigsh(Diagonal(values), k, key, which=which, tol=1e-3, ncv=ncv, basis_dtype=storage)
 
-    compiled = jax.jit(solve).lower(jnp.linspace(0.0, 1.0, n), jax.random.key(0)).compile()
+    compiled = jax.jit(solve).lower(jnp.linspace(0.0, 1.0, n, dtype=dtype), jax.random.key(0)).compile()
     analysis = compiled.memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
@@ -35,6 +35,21 @@ def test_narrow_basis_saves_memory():
     assert narrow <= 0.75 * peak(6, 100)
     estimate = hj.memory_estimate(Diagonal(jnp.zeros(N)), 6, 100, basis_dtype="bfloat16")
     assert 0.8 * narrow <= estimate <= 1.25 * narrow
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_not_widened_as_a_whole(dtype):
+    half = peak(6, 100, dtype=dtype)
+    assert half <= 0.75 * peak(6, 100)
+    estimate = hj.memory_estimate(Diagonal(jnp.zeros(N, dtype)), 6, 100)
+    assert 0.9 * half <= estimate <= 1.25 * half
+
+
+@pytest.mark.parametrize(("k", "ncv"), [pytest.param(20, 60, marks=pytest.mark.slow), (6, 40)])
+def test_the_interior_needs_more(k, ncv):
+    measured = peak(k, ncv, which="SM")
+    estimate = hj.memory_estimate(Diagonal(jnp.zeros(N)), k, ncv, which="SM")
+    assert measured <= estimate <= 1.15 * measured
 
 
 def test_limit_sets_the_krylov_dimension(key):
@@ -69,6 +84,8 @@ def test_large_vectors_get_few_rows_where_outliers_are_wanted():
     [
         (dict(k=0), ValueError, "got 0"),
         (dict(k=6, ncv=N + 1), ValueError, f"got {N + 1}"),
+        (dict(k=6, ncv=6), ValueError, "`ncv` above `k` = 6"),
+        (dict(k=6, which="XX"), ValueError, "got 'XX'"),
         (dict(k=6, basis_dtype="int8"), TypeError, "int8"),
         (dict(k=6, basis_dtype="abc"), TypeError, "'abc'"),
     ],
