@@ -35,8 +35,8 @@ def from_tensorflow(
     exists fails on recurrent layers, and copies TensorFlow's wrong second derivative of layer normalisation.
 
     Args:
-        source: the path of a `.keras` or `.h5` file; or, with `forward`, a SavedModel's directory, a `tf.Module`, or a
-            function of a batch of inputs (`tf.function` or plain).
+        source: the path of a `.keras` or `.h5` file; or, with `forward`, a SavedModel's directory, a `tf.Module`, a
+            Keras model under TensorFlow, or a function of a batch of inputs (`tf.function` or plain).
         data: `(inputs, targets)`, the examples on the leading axis. A tuple of inputs is several arguments.
         loss: `loss(output, target)` on one example in JAX, a scalar.
         forward: `forward(params, x)` on one example, in JAX.
@@ -45,7 +45,8 @@ def from_tensorflow(
         kwargs: passed on to `hj.from_keras`, or to the function's call.
 
     Returns:
-        A `Model` whose `params` are a flat dict keyed by the variables' names without `:0`, and with `parity`.
+        A `Model` whose `params` are a flat dict keyed by the variables' names without `:0` (for Keras's, by their
+        paths), and with `parity`.
 
     Raises:
         ImportError: TensorFlow, or Keras, is not installed.
@@ -71,7 +72,8 @@ def from_tensorflow(
     held = _trainable(tf, source) if variables is None else list(variables)
     if not held:
         raise ValueError("The function has no `trainable_variables` of its own: pass them as `variables=`.")
-    names = unique_names([v.name.removesuffix(":0") for v in held])
+    names = unique_names([getattr(v, "path", v.name).removesuffix(":0") for v in held])
+    held = [v if isinstance(v, tf.Variable) else v.value for v in held]  # Keras wraps them
     params = {name: np.array(v.numpy()) for name, v in zip(names, held, strict=True)}
     model = Ported(params, jtu.tree_map(_to_numpy, data), forward, loss)
     if verify is False:

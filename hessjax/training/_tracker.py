@@ -62,7 +62,8 @@ def track_curvature(
     `init` and `update` are two pure functions, and the updates may be None. `optax.MultiSteps` calls what it wraps on
     every mini-step and throws most results away: chain the tracker before it, not inside. A whole run under `vmap`,
     with `init` in it, skips what is not due; a `vmap` over states that hold a step each computes every measurement and
-    keeps the due ones. Derivatives do not flow through the state.
+    keeps the due ones. Derivatives do not flow through the state. NaN in it stands for what has not been measured,
+    which `jax_debug_nans` objects to.
 
     Args:
         loss: `loss(params, *batch)`, a scalar. None if `operator` is given.

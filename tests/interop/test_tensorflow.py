@@ -42,6 +42,29 @@ def test_a_function_is_compared_with_a_forward_by_hand(x64, tmp_path):
     np.testing.assert_allclose(again.loss_value(), model.loss_value(), rtol=1e-14)
 
 
+def test_variables_of_keras_are_known_by_their_path():
+    tf = pytest.importorskip("tensorflow")
+
+    class Wrapped:  # as Keras 3 has them, whose backend is JAX in this process
+        name = "kernel"
+
+        def __init__(self, path, value):
+            self.path, self.value = path, tf.Variable(value)
+
+    w, v = Wrapped("first/kernel", np.ones((4, 5), np.float32)), Wrapped("second/kernel", np.ones((5, 3), np.float32))
+    model = hj.from_tensorflow(
+        lambda x: tf.tanh(x @ w.value) @ v.value,
+        (X.astype(np.float32), Y.astype(np.float32)),
+        squared,
+        forward=lambda p, x: jnp.tanh(x @ p["first/kernel"]) @ p["second/kernel"],
+        variables=[w, v],
+    )
+    assert {name: leaf.shape for name, leaf in model.params.items()} == {
+        "first/kernel": (4, 5),
+        "second/kernel": (5, 3),
+    }
+
+
 def test_what_has_no_sound_route_says_which_has():
     with pytest.raises(ValueError, match=r"\.keras.*forward="):
         hj.from_tensorflow(lambda x: x, (X, Y), squared)
