@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
 from hessjax._vectors import as_vector, structure_of
@@ -24,6 +25,7 @@ from hessjax.operators import hvp
 
 _STEPS = 10.0 ** -np.arange(1, 9)  # relative to the parameters' size; the two that agree best are believed
 _EPS = float(np.finfo(np.float64).eps)
+_LOW = "Central differences of the gradient do not settle where the loss computes in {}, so no product can be checked."
 _GOLDEN = (5**0.5 - 1) / 2
 
 Flat = np.ndarray
@@ -52,8 +54,8 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
 
     Raises:
         ValueError: the difference exceeds the tolerance. The message names the worst leaf. Also when the differences
-            do not settle at any step, because the loss jumps, is random, or computes in low precision; of a module,
-            every loss in less than float32 counts as such. And when `vector` does not fit a module's parameters.
+            do not settle at any step, because the loss jumps or is random, and where it computes in less than float32
+            (a JAX loss that casts to bfloat16 inside). And when `vector` does not fit a module's parameters.
         TypeError: a parameter is not a floating-point array.
 
     Example:
@@ -114,6 +116,10 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
         def unflatten(flat: Flat) -> PyTree:
             return jtu.tree_map(jnp.asarray, treedef.unflatten(_split(flat, shapes)))
 
+        arrays, static = eqx.partition(args, eqx.is_array)
+        program = jax.make_jaxpr(lambda p, a: loss(p, *eqx.combine(a, static)))(wide, arrays)
+        if low := sorted(_halves(program.jaxpr)):
+            raise ValueError(f"{_LOW.format(' and '.join(low))} Check the same loss in float64.")
         yield _Checked(
             _join(jtu.tree_leaves(params)),
             None if vector is None else _join(jtu.tree_leaves(as_vector(vector, wide, "vector"))),
@@ -165,9 +171,8 @@ def _of_torch(loss: Callable[..., Any], module: Any, args: tuple[Any, ...], vect
         low = low_precision_in(lambda: loss_at(theta))
         if low:
             raise ValueError(
-                f"Central differences of the gradient do not settle where the loss computes in {' and '.join(low)}, "
-                "so no product can be checked. Check `copy.deepcopy(module).double()`, on float64 inputs and outside "
-                "`torch.autocast`."
+                f"{_LOW.format(' and '.join(low))} Check `copy.deepcopy(module).double()`, on float64 inputs and "
+                "outside `torch.autocast`."
             )
         yield _Checked(theta, v, gradient, product, shapes)
 
@@ -223,6 +228,15 @@ def _compare(checked: _Checked, rtol: Any) -> float:
             "own bug."
         )
     return largest / scale
+
+
+def _halves(jaxpr: Jaxpr) -> set[str]:
+    """The floating-point dtypes below float32 that a program computes in."""
+    results = (variable.aval for equation in jaxpr.eqns for variable in equation.outvars)
+    dtypes = {aval.dtype for aval in results if isinstance(aval, jax.core.ShapedArray)}
+    found = {str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4}
+    inside = (_halves(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))
+    return found.union(*inside)
 
 
 def _spread(size: int) -> Flat:

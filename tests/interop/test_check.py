@@ -67,6 +67,15 @@ def test_what_cannot_be_checked_says_so():
         hj.check_hvp(lambda p: p["w"], {"w": jnp.ones(()), "step": 3})
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_inside_a_loss_is_named(dtype):
+    def layer(carry, _):
+        return (1.5 * carry.astype(dtype)).astype(carry.dtype), None
+
+    with pytest.raises(ValueError, match=f"computes in {dtype}"):
+        hj.check_hvp(lambda w: jnp.sum(jax.lax.scan(layer, w, None, length=2)[0] ** 4), jnp.array([1.0, 2.0]))
+
+
 def test_the_x64_flag_stays():
     before = jax.config.jax_enable_x64
     hj.check_hvp(lambda w: jnp.sum(w**3), jnp.ones(2))

@@ -1,6 +1,7 @@
 """What is converted, as PyTorch sees it: the module in private, and a few examples."""
 
 import copy
+import functools
 from typing import Any
 
 import jax.tree_util as jtu
@@ -50,11 +51,13 @@ class Source:
     def alias(self, target: str) -> str:
         """The name of a parameter or buffer in the user's module, the first where it has several."""
         name = target.removeprefix("module.")
-        if not hasattr(self, "_first"):
-            first: dict[int, str] = {}
-            every = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers()]
-            self._first = {n: first.setdefault(id(t), n) for n, t in every}
-        return self._first.get(name, name)
+        return self._first_names.get(name, name)
+
+    @functools.cached_property
+    def _first_names(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        every = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers()]
+        return {name: first.setdefault(id(tensor), name) for name, tensor in every}
 
     def doubled(self) -> "Source":
         """The same in float64."""
