@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jaxtyping import PyTree
 
@@ -233,7 +234,7 @@ def _compare(checked: _Checked, rtol: Any) -> float:
 def _halves(jaxpr: Jaxpr) -> set[str]:
     """The floating-point dtypes below float32 that a program computes in."""
     results = (variable.aval for equation in jaxpr.eqns for variable in equation.outvars)
-    dtypes = {aval.dtype for aval in results if isinstance(aval, jax.core.ShapedArray)}
+    dtypes = {aval.dtype for aval in results if isinstance(aval, ShapedArray)}
     found = {str(dtype) for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4}
     inside = (_halves(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))
     return found.union(*inside)
