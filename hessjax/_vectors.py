@@ -75,8 +75,23 @@ def scalar_dtype(structure: PyTree) -> np.dtype:
 
 def epsilon(structure: PyTree) -> float:
     """The rounding unit of a vector: that of its least precise leaf."""
-    leaves = jtu.tree_leaves(structure)
-    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in leaves), default=float(jnp.finfo(jnp.float32).eps))
+    units = (float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(structure) if size_of(leaf) > 0)
+    return max(units, default=float(jnp.finfo(jnp.float32).eps))
+
+
+def noise_of(image: PyTree[Array]) -> Scalar:
+    """How long a vector may be that is nothing but the rounding of a product and of sums with it.
+
+    32 rounding units of each leaf's own part; 4 of a leaf in half precision, whose sums are formed in float32, so that
+    it is rounded only where it is stored.
+    """
+    dtype = scalar_dtype(image)
+
+    def part(leaf: Array) -> Scalar:
+        units = 32 if leaf.dtype.itemsize > 2 else 4
+        return norm(leaf).astype(dtype) * (units * float(jnp.finfo(leaf.dtype).eps))
+
+    return norm([part(leaf) for leaf in jtu.tree_leaves(image)]).astype(dtype)
 
 
 def contract(x: Array, y: Array, axes: Any, dtype: DTypeLike) -> Array:

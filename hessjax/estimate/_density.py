@@ -1,17 +1,19 @@
 """`Density`: the distribution of an operator's eigenvalues, as random probes saw it."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from hessjax._arguments import as_integer
 from hessjax._vectors import or_one, usual_promotion
+from hessjax.estimate._door import elementwise
 from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread
 
@@ -51,14 +53,17 @@ class Density(eqx.Module):
 
         Args:
             grid: points, an array of any shape.
-            sigma: the standard deviation of the smoothing; None for `default_width`.
+            sigma: the standard deviation of the smoothing, positive; None for `default_width`.
 
         Returns:
             Value and standard error of `grid`'s shape, in units of 1 / λ; the integral over all λ is 1.
+
+        Raises:
+            TypeError: an argument is no real number.
+            ValueError: `sigma` is known, and not positive.
         """
-        grid = self._points(grid)
-        sigma = self.default_width if sigma is None else jnp.asarray(sigma, self.nodes.dtype)
-        return self._per_probe(partial(smoothed, grid, sigma))
+        width = self.default_width if sigma is None else self._width(sigma)
+        return _over_probes(smoothed, self, self._points("grid", grid), width)
 
     @usual_promotion()
     def log_pdf(self, grid: Any, sigma: Any = 0.1) -> Estimate:
@@ -66,25 +71,20 @@ class Density(eqx.Module):
 
         Args:
             grid: magnitudes |λ| > 0, an array of any shape.
-            sigma: the standard deviation of the smoothing, in decades.
+            sigma: the standard deviation of the smoothing, in decades, positive; at least 0.001 is used.
 
         Returns:
             Value and standard error of `grid`'s shape. The mass of nodes at exactly 0 is left out, so the integral over
             log₁₀|λ| may be below 1. Magnitudes below the rounding of a product, about eps · λmax, mean nothing.
         """
-        grid = jnp.log10(self._points(grid))
-        width = jnp.maximum(jnp.asarray(sigma, self.nodes.dtype), _TAIL)
-
-        def probe(nodes: Array, weights: Array, _below: Array, _above: Array) -> Array:
-            zero = nodes == 0
-            place = jnp.log10(jnp.abs(jnp.where(zero, 1, nodes)))
-            return jnp.sum(jnp.where(zero, 0, weights) * gaussian(grid[..., None], place, width), axis=-1)
-
-        return self._per_probe(probe)
+        width = jnp.maximum(self._width(sigma), _TAIL)
+        return _over_probes(_logarithmic, self, jnp.log10(self._points("grid", grid)), width)
 
     @usual_promotion()
     def cdf(self, grid: Any) -> Estimate:
         """The fraction of eigenvalues at or below each point of `grid`.
+
+        An eigenvalue within rounding of a point counts as below it.
 
         Args:
             grid: points, an array of any shape.
@@ -92,8 +92,7 @@ class Density(eqx.Module):
         Returns:
             Value and standard error of `grid`'s shape.
         """
-        grid = self._points(grid)
-        return self._per_probe(partial(mass_up_to, grid))
+        return _over_probes(mass_up_to, self, self._points("grid", grid) + self._rounding())
 
     @usual_promotion()
     def count(self, low: Any, high: Any) -> Estimate:
@@ -109,14 +108,8 @@ class Density(eqx.Module):
             Scalars; the value is a real number between 0 and n.
         """
         margin = self._rounding()
-        low, high = self._points(low) - margin, self._points(high) + margin
-
-        def probe(nodes: Array, weights: Array, below: Array, above: Array) -> Array:
-            # Mass below `low` is what lies at or above -low in the mirrored measure, taken off the whole.
-            over = mass_up_to(-low, -nodes, weights, above, below)
-            return jnp.maximum(mass_up_to(high, nodes, weights, below, above) + over - 1, 0)
-
-        return scaled(self._per_probe(probe), self.size)
+        low, high = self._points("low", low) - margin, self._points("high", high) + margin
+        return scaled(_over_probes(_mass_between, self, low, high), self.size)
 
     def moment(self, p: Any) -> Estimate:
         """The mean of λᵖ: tr(Aᵖ) / n.
@@ -147,7 +140,7 @@ class Density(eqx.Module):
         Returns:
             Scalars. Where f is not smooth on the scale that num_steps resolve, its quadrature error is not covered.
         """
-        values = jnp.where(self.weights != 0, self.weights * function(self.nodes), 0)
+        values = jnp.where(self.weights != 0, self.weights * elementwise(function, self.nodes), 0)
         return average(jnp.sum(values, axis=1), self.num_matvecs)
 
     @usual_promotion()
@@ -158,20 +151,11 @@ class Density(eqx.Module):
             q: in [0, 1], an array of any shape.
 
         Returns:
-            Value and standard error of `q`'s shape. The error is half the distance between the quantiles at q plus and
-            minus one standard error of the fraction (Woodruff's interval), so it is large in a gap of the spectrum.
+            Value and standard error of `q`'s shape, NaN for a `q` outside. The error is half the distance between the
+            quantiles at q plus and minus one standard error of the fraction (Woodruff's interval), so it is large in a
+            gap of the spectrum.
         """
-        q = self._points(q)
-        low, high = self.ends
-
-        def mean(x: Array) -> Array:
-            return self.cdf(x).value
-
-        value = invert(mean, q, low, high)
-        error = self.cdf(value).stderr
-        ends = invert(mean, jnp.stack([q - error, q + error]), low, high)
-        half = jnp.where(jnp.isfinite(error), (ends[1] - ends[0]) / 2, jnp.inf)
-        return Estimate(value, lax.stop_gradient(half), self.num_matvecs)
+        return _quantile(self, self._points("q", q))
 
     @usual_promotion()
     def function_of_means(self, integrands: Any, function: Callable[..., Array]) -> Estimate:
@@ -182,7 +166,8 @@ class Density(eqx.Module):
             function: g, of as many scalars.
         """
         live = self.weights != 0
-        sums = [jnp.sum(jnp.where(live, self.weights * f(self.nodes), 0), axis=1) for f in integrands]
+        means = [jnp.where(live, self.weights * elementwise(f, self.nodes), 0) for f in integrands]
+        sums = [jnp.sum(values, axis=1) for values in means]
         count = self.nodes.shape[0]
         value = function(*(jnp.mean(x) for x in sums))
         if count == 1:
@@ -199,8 +184,20 @@ class Density(eqx.Module):
             jnp.max(jnp.where(seen, self.nodes, -jnp.inf)),
         )
 
-    def _points(self, points: Any) -> Array:
-        return jnp.asarray(points, self.nodes.dtype)
+    def _points(self, name: str, points: Any) -> Array:
+        try:
+            array = jnp.asarray(points)
+        except TypeError:
+            raise TypeError(f"`{name}` must be real numbers, got {points!r}.") from None
+        if jnp.iscomplexobj(array):
+            raise TypeError(f"`{name}` must be real numbers, got {array.dtype}.")
+        return array.astype(self.nodes.dtype)
+
+    def _width(self, sigma: Any) -> Array:
+        width = self._points("sigma", sigma)
+        if not isinstance(width, Tracer) and not np.all(np.asarray(width) > 0):
+            raise ValueError(f"`sigma` must be positive, got {sigma}.")
+        return width
 
     def _rounding(self) -> Array:
         return 16 * jnp.finfo(self.nodes.dtype).eps * jnp.max(jnp.abs(self.nodes))
@@ -214,11 +211,40 @@ class Density(eqx.Module):
         # A spectrum of one point has no range: a hundredth of its distance from 0, or of 1.
         return jnp.where(width > 16 * jnp.finfo(width.dtype).eps * peak, width, or_one(peak) / 100)
 
-    def _per_probe(self, function: Callable[..., Array]) -> Estimate:
-        """The mean of a function of every probe's rule, one probe at a time."""
-        rules = (self.nodes, self.weights, self.below, self.above)
-        return average(lax.map(partial(_unpacked, function), rules), self.num_matvecs)
+
+@eqx.filter_jit
+@usual_promotion()
+def _over_probes(function: Callable[..., Array], density: Density, *args: Array) -> Estimate:
+    """The mean of a function of the arguments and of every probe's rule, one probe at a time."""
+    rules = (density.nodes, density.weights, density.below, density.above)
+    return average(lax.map(lambda rule: function(*args, *rule), rules), density.num_matvecs)
 
 
-def _unpacked(function: Callable[..., Array], rule: tuple[Array, ...]) -> Array:
-    return function(*rule)
+@eqx.filter_jit
+@usual_promotion()
+def _quantile(density: Density, q: Array) -> Estimate:
+    low, high = density.ends
+
+    def mean(x: Array) -> Array:
+        return _over_probes(mass_up_to, density, x).value
+
+    value = invert(mean, q, low, high)
+    error = _over_probes(mass_up_to, density, value).stderr
+    ends = invert(mean, jnp.stack([q - error, q + error]), low, high)
+    half = jnp.where(jnp.isfinite(error), (ends[1] - ends[0]) / 2, jnp.inf)
+    inside = (q >= 0) & (q <= 1)
+    value, half = (jnp.where(inside, part, jnp.nan) for part in (value, half))
+    return Estimate(value, lax.stop_gradient(half), density.num_matvecs)
+
+
+def _mass_between(low: Array, high: Array, nodes: Array, weights: Array, below: Array, above: Array) -> Array:
+    # Mass below `low` is what lies at or above -low in the mirrored measure, taken off the whole.
+    over = mass_up_to(-low, -nodes, weights, above, below)
+    return jnp.maximum(mass_up_to(high, nodes, weights, below, above) + over - 1, 0)
+
+
+def _logarithmic(grid: Array, width: Array, nodes: Array, weights: Array, _below: Array, _above: Array) -> Array:
+    """The density of log₁₀|λ| on a grid of such logarithms."""
+    zero = nodes == 0
+    place = jnp.log10(jnp.abs(jnp.where(zero, 1, nodes)))
+    return jnp.sum(jnp.where(zero, 0, weights) * gaussian(grid[..., None], place, width), axis=-1)

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import combine, gram, or_one, structure_of, usual_promotion
+from hessjax._vectors import combine, gram, or_one, scalar_dtype, structure_of, usual_promotion
 from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import exact_diagonal
 from hessjax.estimate._probes import BATCH, products, signs
@@ -51,11 +51,12 @@ def diagonal(
     products, standard error 0.
 
     "xdiag" takes the diagonal of A's projection on the span of its images of half as many random vectors, and corrects
-    it by what the projection leaves out. It spends the largest even number of products, and 3 num_matvecs vectors of
+    it by what the projection leaves out. It spends the largest even number of products, and 4 num_matvecs vectors of
     memory. It is exact if the rank is below num_matvecs / 2, and it suits decaying spectra.
 
     "hutchinson" averages z ⊙ Az over vectors z of random signs: the variance of entry i is Σⱼ Aᵢⱼ² / num_matvecs over
-    j ≠ i, so it suits nearly diagonal matrices, for which it is exact. It spends all products, and holds 32 vectors.
+    j ≠ i, so it suits nearly diagonal matrices, for which it is exact. It spends all products, 32 at a time, and holds
+    some 130 vectors.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -104,7 +105,7 @@ def _diagonal(
 ) -> Diagonal:
     def exact(spent: int) -> Diagonal:
         value = exact_diagonal(op)
-        sums = exactly(jtu.tree_map(jnp.sum, value), spent + op.size)
+        sums = exactly(jtu.tree_map(_total, value), spent + op.size)
         return Diagonal(value, jtu.tree_map(jnp.zeros_like, value), sums.num_matvecs, sums)
 
     return run(Packed(op, packing), num_matvecs, key, _METHODS[method](packing), rtol, exact)
@@ -139,23 +140,19 @@ def _hutchinson(packing: Packing) -> Method[Diagonal]:
 def _moments(packing: Packing, op: Operator, keys: Array, known: "_Moments | None") -> "_Moments":
     """Those of z ⊙ Az over vectors of random signs, a batch at a time: no sample outlives its batch."""
     structure = structure_of(op.like)
-    count = keys.shape[0]
-    size = min(BATCH, count)
-    # The last batch is filled up with keys that count for nothing, so that one program serves all batches.
-    missing = -count % size
-    filled = jnp.concatenate([keys, jnp.broadcast_to(keys[:1], (missing, *keys.shape[1:]))])
-    counts = (jnp.arange(count + missing) < count).reshape(-1, size)
+    whole, rest = divmod(keys.shape[0], BATCH)
 
-    def step(so_far: _Moments, batch: tuple[Array, Array]) -> tuple[_Moments, None]:
-        keys, counts = batch
+    def step(so_far: _Moments, keys: Array) -> tuple[_Moments, None]:
         probes = jax.vmap(partial(signs, structure=structure))(keys)
         samples = packing.unpack(jtu.tree_map(jnp.multiply, probes, products(op, probes)), batch=1)
-        return so_far.with_batch((samples, _leaf_sums(samples)), counts), None
+        return so_far.with_batch((samples, _leaf_sums(samples))), None
 
     if known is None:
         zeros = packing.unpack(_zeros(structure))
-        known = _Moments.none((zeros, jtu.tree_map(lambda leaf: jnp.zeros((), leaf.dtype), zeros)))
-    return jax.lax.scan(step, known, (filled.reshape(-1, size, *keys.shape[1:]), counts))[0]
+        known = _Moments.none((zeros, jtu.tree_map(_total, zeros)))
+    if whole:
+        known, _ = jax.lax.scan(step, known, keys[: whole * BATCH].reshape(whole, BATCH, *keys.shape[1:]))
+    return step(known, keys[whole * BATCH :])[0] if rest else known
 
 
 def _from_moments(moments: "_Moments") -> Diagonal:
@@ -174,7 +171,12 @@ def _from_samples(samples: PyTree[Float[Array, "k ..."]], num_matvecs: int) -> D
 
 
 def _leaf_sums(samples: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, " k"]]:
-    return jtu.tree_map(lambda leaf: jnp.sum(leaf.reshape(leaf.shape[0], -1), axis=1), samples)
+    return jtu.tree_map(jax.vmap(_total), samples)
+
+
+def _total(leaf: Array) -> Float[Array, ""]:
+    """The sum of all entries, of half precision in float32."""
+    return jnp.sum(leaf, dtype=scalar_dtype(leaf))
 
 
 class _Moments(eqx.Module):
@@ -188,15 +190,14 @@ class _Moments(eqx.Module):
     def none(cls, zeros: PyTree[Array]) -> "_Moments":
         return cls(jnp.zeros(()), zeros, zeros)
 
-    def with_batch(self, samples: PyTree[Array], counts: Array) -> "_Moments":
-        """The moments with those samples of a batch that count."""
-        new = jnp.sum(counts)
+    def with_batch(self, samples: PyTree[Array]) -> "_Moments":
+        """The moments with the samples of a batch."""
+        new = jtu.tree_leaves(samples)[0].shape[0]
         total = self.count + new
 
         def merge(mean: Array, deviation: Array, leaf: Array) -> tuple[Array, Array]:
-            used = counts.reshape(-1, *[1] * (leaf.ndim - 1))
-            middle = jnp.sum(jnp.where(used, leaf, 0), axis=0) / new
-            centred = jnp.where(used, leaf - middle, 0)
+            middle = jnp.mean(leaf, axis=0)
+            centred = leaf - middle
             peak = jnp.max(jnp.abs(centred), axis=0)
             unit = or_one(peak)
             inside = unit * jnp.sqrt(jnp.sum((centred / unit) ** 2, axis=0))

@@ -1,7 +1,10 @@
 """Checks of arguments that every estimator shares."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from hessjax._arguments import as_integer
 from hessjax.operators._operator import Operator
@@ -29,3 +32,21 @@ def refuse_method(caller: str, method: Any, methods: Iterable[str]) -> None:
     """Raises ValueError unless `method` is one of `methods`."""
     if method not in (known := list(methods)):
         raise ValueError(f"`{caller}` knows the methods {', '.join(map(repr, known))}, got {method!r}.")
+
+
+def needs_function(caller: str, f: Any) -> None:
+    """Raises TypeError unless `f` can be called."""
+    if not callable(f):
+        raise TypeError(f"`{caller}` needs a function of an array of eigenvalues, such as `jnp.log`, got {f!r}.")
+
+
+def elementwise(f: Callable[[Array], Array], values: Array) -> Array:
+    """F of every value.
+
+    Raises:
+        ValueError: f returns another shape; a scalar stands for a constant.
+    """
+    result = jnp.asarray(f(values))
+    if result.shape not in ((), values.shape):
+        raise ValueError(f"f must work elementwise, but made {result.shape} of {values.shape}.")
+    return jnp.broadcast_to(result, values.shape)

@@ -35,7 +35,7 @@ def frobenius_norm(
     The square is ‖AQ‖²_F + ‖A(I - QQᵀ)‖²_F for any orthonormal Q. Q spans the images of k = num_matvecs / 2 random
     vectors ω but one, which tells the second part in its turn: A(I - QQᵀ)ω = Aω - (AQ)Qᵀω needs no further product. The
     square is estimated without bias. Exact if the rank is below num_matvecs / 2; from n products or more it is exact
-    with n products. Spends the largest even number of products and 2 num_matvecs vectors of memory.
+    with n products. Spends the largest even number of products and 3.5 num_matvecs vectors of memory.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -84,7 +84,7 @@ def _root_of_square(s: Sketch) -> Estimate:
     cross = 2 * gram(s.basis_images, s.images)
     square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * forms.size)
     root = jnp.sqrt(or_one(square.value))
-    value = jnp.where(square.value > 0, root, 0)
+    value = jnp.where(square.value <= 0, 0, root)  # NaN stays NaN
     return Estimate(s.unit * value, lax.stop_gradient(s.unit * square.stderr / (2 * root)), square.num_matvecs)
 
 

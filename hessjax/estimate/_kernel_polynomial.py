@@ -78,9 +78,10 @@ def _interval(op: Operator, key: Array, removed: PyTree | None) -> Interval:
     nodes, _, radii, _ = gauss(matrix)
     low, high = nodes[0] - jnp.max(radii), nodes[-1] + jnp.max(radii)
     center, half = (low + high) / 2, (1 + _MARGIN) * (high - low) / 2
-    # A spectrum of one point: as narrow as rounding allows, and 1 for the zero operator.
-    least = 256 * jnp.finfo(half.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    return Interval(center, jnp.where(least > 0, jnp.maximum(half, least), 1))
+    # A spectrum of one point: as narrow as rounding allows, and next to nothing for the zero operator.
+    info = jnp.finfo(half.dtype)
+    least = 256 * info.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return Interval(center, jnp.where(least > 0, jnp.maximum(half, least), float(info.tiny) ** 0.5))
 
 
 def _moments(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hessjax._vectors import matmul
+from hessjax._vectors import epsilon, matmul
 from hessjax.estimate._result import Estimate, rounding_of
 from hessjax.estimate._sketch import Sketch
 
@@ -58,18 +58,20 @@ def from_left_out(
     pair = (bent_own[:, None] + bent_own - 2 * angle * bent) / safe
     first = jnp.where(apart, pair, bent_own)
     second = jnp.where(apart, gone[:, None] + gone, gone)
-    return Estimate(value, jackknife(alone, estimates(a, b, first, second)), jnp.asarray(num_matvecs, jnp.int32))
+    error = jackknife(alone, estimates(a, b, first, second), epsilon(s.probes))
+    return Estimate(value, error, jnp.asarray(num_matvecs, jnp.int32))
 
 
-def jackknife(alone: Float[Array, " k"], pairs: Float[Array, "k k"]) -> Float[Array, ""]:
+def jackknife(alone: Float[Array, " k"], pairs: Float[Array, "k k"], eps: float) -> Float[Array, ""]:
     """The standard error of the mean of `alone`.
 
     Args:
         alone: the estimate that leaves j out.
         pairs: in row i and column j the estimate that leaves j out, of those made without i.
+        eps: the rounding unit of the vectors.
     """
     k = alone.size
     others = ~jnp.eye(k, dtype=bool)
     without = jnp.sum(jnp.where(others, pairs, 0), axis=1) / (k - 1)
     variance = (k - 1) / k * jnp.sum((without - jnp.mean(without)) ** 2)
-    return lax.stop_gradient(jnp.maximum(jnp.sqrt(variance), rounding_of(alone)))
+    return lax.stop_gradient(jnp.maximum(jnp.sqrt(variance), rounding_of(alone, eps)))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hessjax._vectors import or_one, usual_promotion
+from hessjax._vectors import or_one
 
 
 def extents(nodes: Float[Array, " m"], weights: Float[Array, " m"], radii: Float[Array, " m"]) -> tuple[Array, Array]:
@@ -66,12 +66,11 @@ def smoothed(
 
     A half that is spread evenly over a length l counts as a normal distribution with its mean and variance, l² / 12.
     """
-    low = gaussian(x[..., None], nodes - below / 2, jnp.sqrt(sigma**2 + below**2 / 12))
-    high = gaussian(x[..., None], nodes + above / 2, jnp.sqrt(sigma**2 + above**2 / 12))
+    low = gaussian(x[..., None], nodes - below / 2, jnp.hypot(sigma, below / math.sqrt(12)))
+    high = gaussian(x[..., None], nodes + above / 2, jnp.hypot(sigma, above / math.sqrt(12)))
     return jnp.sum(weights / 2 * (low + high), axis=-1)
 
 
-@usual_promotion()
 def invert(
     function: Callable[[Array], Array], target: Float[Array, "..."], low: Array, high: Array
 ) -> Float[Array, "..."]:

@@ -65,4 +65,6 @@ def xnystrace(data: Images) -> Estimate:
     taken = (bent_own[:, None] * pivots + bent_own * pivots[:, None] - 2 * angle * bent) / determinant
     ratio = (rest - others**2 / rest[:, None]) / (determinant / pivots[:, None])
     pairs = whole - taken + (n - k + 2) * ratio - n * shift
-    return scaled(Estimate(jnp.mean(alone), jackknife(alone, pairs), jnp.asarray(k, jnp.int32)), unit)
+    return scaled(
+        Estimate(jnp.mean(alone), jackknife(alone, pairs, epsilon(structure)), jnp.asarray(k, jnp.int32)), unit
+    )

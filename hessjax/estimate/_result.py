@@ -21,9 +21,10 @@ class Estimate(eqx.Module):
         value: a pytree of arrays.
         stderr: the standard error of every entry, of `value`'s structure: the spread of the independent (or
             leave-one-out) estimates that were averaged, over the root of their number, and not less than the rounding
-            of the sum. 0 where the value was computed exactly from n products, infinite where a single sample leaves it
-            unknown. It covers the draw of the random vectors and nothing else; what else is off is said where the
-            estimate is made. A constant under differentiation.
+            of their sum. 0 where no chance was involved, as with n products, whatever rounding did; infinite where a
+            single sample leaves it unknown. It covers the draw of the random vectors and nothing else: not the
+            rounding inside of each sample, where large terms cancel. What else is off is said where the estimate is
+            made. A constant under differentiation.
         num_matvecs: products that were spent, an integer scalar.
     """
 
@@ -64,9 +65,9 @@ def spread(samples: Float[Array, "count ..."], divisor: float | int) -> Float[Ar
     return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding_of(samples))
 
 
-def rounding_of(samples: Float[Array, "count ..."]) -> Float[Array, "..."]:
-    """4 rounding units of the largest sample: no mean of them is known better."""
-    return 4 * jnp.finfo(samples.dtype).eps * jnp.max(jnp.abs(samples), axis=0)
+def rounding_of(samples: Float[Array, "count ..."], eps: float | None = None) -> Float[Array, "..."]:
+    """4 rounding units (of the samples' dtype by default) of the largest sample: no mean of them is known better."""
+    return 4 * (jnp.finfo(samples.dtype).eps if eps is None else eps) * jnp.max(jnp.abs(samples), axis=0)
 
 
 def scaled(estimate: Estimate, factor: float | int | Array) -> Estimate:

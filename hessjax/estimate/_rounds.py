@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -46,10 +47,12 @@ def as_tolerance(caller: str, rtol: Any) -> Float[Array, ""] | None:
     """A relative error as an array, so that a new one is no new program.
 
     Raises:
-        ValueError: it is known, and negative or NaN.
+        ValueError: it is no real scalar; or it is known, and negative or NaN.
     """
     if rtol is None:
         return None
+    if not eqx.is_array_like(rtol) or jnp.ndim(rtol) != 0 or jnp.iscomplexobj(rtol):
+        raise ValueError(f"`{caller}` needs a real scalar `rtol`, got {rtol!r}.")
     if not isinstance(rtol, Tracer) and not np.all(np.asarray(rtol) >= 0):
         raise ValueError(f"`{caller}` needs `rtol >= 0`, got {rtol}.")
     return jnp.asarray(rtol, float)

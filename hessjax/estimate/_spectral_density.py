@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import needs_key
-from hessjax._vectors import as_vector, matmul, scalar_dtype, usual_promotion
+from hessjax._vectors import as_vector, epsilon, gram, matmul, scalar_dtype, usual_promotion
 from hessjax.estimate._density import Density
 from hessjax.estimate._door import at_least, needs_entries, refuse_method
 from hessjax.estimate._kernel_polynomial import bound_steps, chebyshev_rules
@@ -58,13 +58,13 @@ def spectral_density(
             there the nodes are the eigenvalues. Not so with "kpm".
         method: "lanczos" or "kpm".
         outliers: known eigenpairs, as `hj.eigsh` returns them. The probes are taken orthogonal to those that converged,
-            and these come back as exact atoms of mass 1 / n. What is rare and far out is then free of chance: a few
-            outliers are most of a classifier's trace, and most of the variance of its estimate. "found" for those that
-            the first probe finds, at no further product: it runs alone and counts no further, and the others orthogonal
-            to its converged Ritz vectors, num_steps / 2 at most. A pair counts as converged when its residual is at
-            most a hundredth of the distance to the next. On the Hessian of 1,810 parameters 10 probes of 100 steps then
-            came 9 times as near to the exact spectrum (Wasserstein-1), of 20 steps twice as near; where there are no
-            outliers it changes little.
+            and these come back as exact atoms of mass 1 / n; where their vectors are not orthonormal all is NaN. What
+            is rare and far out is then free of chance: a few outliers are most of a classifier's trace, and most of the
+            variance of its estimate. "found" for those that the first probe finds, at no further product: it runs alone
+            and counts no further, and the others orthogonal to its converged Ritz vectors, num_steps / 2 at most. A
+            pair counts as converged when its residual is at most a hundredth of the distance to the next. On the
+            Hessian of 1,810 parameters 10 probes of 100 steps then came 9 times as near to the exact spectrum
+            (Wasserstein-1), of 20 steps twice as near; where there are no outliers it changes little.
         probe_batch: how many probes run together. None for as many as an eighth of the device's memory holds the bases
             of. The result does not depend on it, but for rounding.
         like: a pytree shaped as the vectors, when `op` is a plain function.
@@ -121,7 +121,7 @@ class Known(eqx.Module):
     """Eigenpairs taken as exact.
 
     Attributes:
-        values: (k,).
+        values: (k,); NaN where the vectors are not orthonormal.
         vectors: leading axis k; zero where a pair is not taken.
         taken: (k,), which pairs are.
     """
@@ -145,8 +145,14 @@ def _known(op: Operator, pairs: Any) -> Known:
     block = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct((values.size, *leaf.shape), leaf.dtype), op.structure)
     vectors = as_vector(pairs.eigenvectors, block, "outliers.eigenvectors")
     taken = jnp.asarray(getattr(pairs, "converged", jnp.ones(values.shape, bool)))
+    if taken.shape != values.shape:
+        raise ValueError(f"`outliers.converged` must have shape {values.shape}, got {taken.shape}.")
     masked = jtu.tree_map(lambda leaf: jnp.where(taken.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), vectors)
-    return Known(jnp.where(taken, values, 0), masked, taken)
+    # Vectors that are not orthonormal would take out other mass than is put back.
+    wanted = jnp.diag(taken.astype(values.dtype))
+    off = jnp.max(jnp.abs(gram(masked, masked) - wanted), initial=0)
+    sound = off <= max(0.01, 16 * epsilon(op.structure))
+    return Known(jnp.where(sound, jnp.where(taken, values, 0), jnp.nan), masked, taken)
 
 
 @eqx.filter_jit
@@ -215,6 +221,7 @@ def _with_atoms(density: Density, known: Known) -> Density:
     # What is not taken has no weight; it stands at a node, so that nothing is seen where nothing is.
     nodes = append(density.nodes, jnp.where(known.taken, known.values, density.nodes[0, 0]))
     weights = append(density.weights * ((n - taken) / n), known.taken / n)
+    weights = jnp.where(jnp.any(jnp.isnan(known.values)), jnp.nan, weights)
     below, above = append(density.below, zeros), append(density.above, zeros)
     order = jnp.argsort(nodes, axis=1)
     nodes, weights, below, above = (jnp.take_along_axis(part, order, axis=1) for part in (nodes, weights, below, above))

@@ -34,15 +34,15 @@ def trace(
 ) -> Estimate:
     """Estimates tr A = Σᵢ λᵢ from at most `num_matvecs` products.
 
-    All methods are unbiased, but for "xnystrace" where A has negative eigenvalues. With n products or more in hand the
-    diagonal is read off one entry at a time: exact, n products, standard error 0.
+    All methods are unbiased; "xnystrace" gives NaN or a biased value where A has negative eigenvalues. With n products
+    or more in hand the diagonal is read off one entry at a time: exact, n products, standard error 0.
 
     | method | products in fact | good for | vectors of memory |
     |---|---|---|---|
-    | "xtrace" | the largest even number | decaying spectra; exact if rank < num_matvecs / 2 | 2 num_matvecs |
-    | "xnystrace" | all | the same, A positive semidefinite: exact if rank < num_matvecs | 3 num_matvecs |
-    | "hutch++" | the largest multiple of 3 | the same, simpler | num_matvecs |
-    | "hutchinson" | all | flat spectra, nearly diagonal matrices, no memory to spare | 32 |
+    | "xtrace" | the largest even number | decaying spectra; exact if rank < num_matvecs / 2 | 3.5 num_matvecs |
+    | "xnystrace" | all | the same, A positive semidefinite: exact if rank < num_matvecs | 5 num_matvecs |
+    | "hutch++" | the largest multiple of 3 | the same, simpler | 3.5 num_matvecs |
+    | "hutchinson" | all | flat spectra, nearly diagonal matrices, no memory to spare | 180 |
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -58,8 +58,8 @@ def trace(
 
     Returns:
         A scalar estimate. The standard error covers the draw of the vectors. For "xtrace" and "xnystrace" it is a
-        jackknife over them, which tends to be too large where the spectrum decays fast, and is rough for fewer than ten
-        vectors. Differentiable with respect to the operator's arrays: the derivative of
+        jackknife over them, which tends to be too large where the spectrum decays fast. All are rough for fewer than
+        ten vectors. Differentiable with respect to the operator's arrays: the derivative of
         the estimate is an unbiased estimate of the derivative.
 
     Raises:

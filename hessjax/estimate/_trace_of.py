@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import needs_key
 from hessjax._vectors import scalar_dtype, usual_promotion
-from hessjax.estimate._door import at_least, needs_entries
+from hessjax.estimate._door import at_least, elementwise, needs_entries, needs_function
 from hessjax.estimate._memory import probes_together
 from hessjax.estimate._quadrature import Plan, Rules, gauss_rules
 from hessjax.estimate._result import Estimate, average, exactly
@@ -56,8 +56,8 @@ def trace_of(
         is infinite if there is a single probe. Differentiable once with respect to the operator's arrays.
 
     Raises:
-        ValueError: a number is below 1, or `num_steps` is above `num_matvecs`.
-        TypeError: `op` is not an operator, `key` no key, or a number is no integer.
+        ValueError: a number is below 1, `num_steps` is above `num_matvecs`, or `f` is not elementwise.
+        TypeError: `op` is not an operator, `f` no function, `key` no key, or a number is no integer.
 
     Example:
         >>> import hessjax as hj, jax, jax.numpy as jnp
@@ -69,6 +69,7 @@ def trace_of(
     Source: Ubaru, Chen and Saad, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature,
     doi:10.1137/16M1104974.
     """
+    needs_function("trace_of", f)
     op = as_operator(op, like)
     return _sum_over_spectrum("trace_of", f, op, num_matvecs, key, num_steps, probe_batch)
 
@@ -126,7 +127,7 @@ def _sum_over_spectrum(
     if steps is not None and steps > num_matvecs:
         raise ValueError(f"`{caller}` needs `num_steps <= num_matvecs` = {num_matvecs} for one probe, got {steps}.")
     if num_matvecs >= op.size:
-        return exactly(jnp.sum(f(_eigenvalues(op))), op.size)
+        return exactly(jnp.sum(elementwise(f, _eigenvalues(op))), op.size)
     if steps is None:
         steps = min(num_matvecs, math.ceil(math.sqrt(_DEPTH * num_matvecs)))
     probes = num_matvecs // steps
@@ -141,8 +142,8 @@ def _sum_over_spectrum(
 
 
 def _means(f: Callable[[Array], Array], nodes: Array, weights: Array) -> Float[Array, " probes"]:
-    """Each probe's Σ w f(θ). A node of no weight repeats another, so that f is finite there as well."""
-    return jnp.sum(weights * f(nodes), axis=1)
+    """Each probe's Σ w f(θ), over the nodes that have a weight."""
+    return jnp.sum(jnp.where(weights != 0, weights * elementwise(f, nodes), 0), axis=1)
 
 
 @eqx.filter_jit

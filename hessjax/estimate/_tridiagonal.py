@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from hessjax._vectors import contract, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract
+from hessjax._vectors import contract, divide, inner, noise_of, norm, or_one, scalar_dtype, subtract
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import sequential_eigh
 from hessjax.operators._operator import Operator, multiply_each
@@ -55,14 +55,14 @@ class Carry(eqx.Module):
         residual: orthogonal to them, not normalised.
         beta: its norm, 0 once the space is invariant.
         last: the newest row.
-        scale: the largest ‖Aq‖ so far.
+        noise: the largest `noise_of` a product so far.
     """
 
     basis: Basis
     residual: PyTree[Float[Array, "probes ..."]]
     beta: Float[Array, " probes"]
     last: PyTree[Float[Array, "probes ..."]]
-    scale: Float[Array, " probes"]
+    noise: Float[Array, " probes"]
 
 
 def tridiagonalize(
@@ -83,7 +83,7 @@ def tridiagonalize(
     Returns:
         T of every probe, and the probes' bases: num_steps vectors of memory for each.
     """
-    eps, dtype = epsilon(op.structure), scalar_dtype(op.structure)
+    dtype = scalar_dtype(op.structure)
     position = jnp.arange(num_steps)
     norms = jax.vmap(norm)
 
@@ -95,7 +95,7 @@ def tridiagonalize(
         vectors = jax.vmap(divide)(carry.residual, carry.beta)
         basis = jax.vmap(lambda basis, vector: basis.set_row(index, vector))(carry.basis, vectors)
         images = multiply_each(op, vectors)
-        scale = jnp.maximum(carry.scale, norms(images))
+        noise = jnp.maximum(carry.noise, jax.vmap(noise_of)(images))
         alpha = jax.vmap(inner)(vectors, images)
         residual = jax.vmap(subtract)(jax.vmap(subtract)(images, alpha, vectors), carry.beta, carry.last)
         before, read = norms(residual), position <= index
@@ -104,8 +104,8 @@ def tridiagonalize(
         residual = lax.cond(jnp.any(cancelled), lambda r: sweep(basis, r, read), lambda r: r, residual)
         # A dead probe's vector is zero, and so is all that follows from it.
         left = norms(residual)
-        left = jnp.where(left <= 32 * eps * scale, 0, left).astype(dtype)
-        return Carry(basis, residual, left, vectors, scale), (alpha, left)
+        left = jnp.where(left <= noise, 0, left).astype(dtype)
+        return Carry(basis, residual, left, vectors, noise), (alpha, left)
 
     starts = without(removed, without(removed, starts))
     first = norms(starts)

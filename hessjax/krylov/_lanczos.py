@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._arguments import as_integer, check_key
-from hessjax._vectors import as_vector, divide, draw, epsilon, norm, or_one, scalar_dtype, usual_promotion
+from hessjax._vectors import as_vector, divide, draw, noise_of, norm, or_one, scalar_dtype, usual_promotion
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import eigh
 from hessjax.operators._operator import Operator, as_operator
@@ -127,22 +127,22 @@ def start_vector(op: Operator, key: PRNGKeyArray | None, v0: PyTree | None, call
 @usual_promotion()
 def _lanczos(op: Operator, start: PyTree, num_steps: int, packing: Packing) -> Lanczos:
     op, start = Packed(op, packing), packing.pack(start)
-    dtype, eps = scalar_dtype(start), epsilon(start)
+    dtype = scalar_dtype(start)
     position = jnp.arange(num_steps)
 
     def step(
         carry: tuple[Basis, PyTree, Scalar, Scalar], index: Int[Array, ""]
     ) -> tuple[tuple[Basis, PyTree, Scalar, Scalar], tuple[Scalar, Scalar]]:
-        basis, residual, beta, scale = carry
+        basis, residual, beta, noise = carry
         vector = divide(residual, beta)
         basis = basis.set_row(index, vector)
         image = op.product(vector)
         live = (position <= index) & (beta != 0)
         coefficients, residual, left = basis.orthogonalize(image, live, live)
         alpha = coefficients[index]
-        scale = jnp.maximum(scale, norm(image))
-        left = jnp.where(left <= 32 * eps * scale, 0, left).astype(dtype)
-        return (basis, residual, left, scale), (alpha, left)
+        noise = jnp.maximum(noise, noise_of(image))
+        left = jnp.where(left <= noise, 0, left).astype(dtype)
+        return (basis, residual, left, noise), (alpha, left)
 
     first = norm(start)
     carry = (Basis.zeros(op.structure, num_steps), start, first, jnp.zeros((), dtype))
