@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import contract, epsilon, matmul, norm, usual_promotion
+from hessjax._vectors import contract, matmul, noise_of, norm, usual_promotion
 from hessjax.estimate._door import elementwise, needs_function
 from hessjax.estimate._tridiagonal import tridiagonal_eigh
 from hessjax.krylov._lanczos import Lanczos, lanczos
@@ -73,22 +74,23 @@ def apply_function(
     num_steps = min(num_steps, op.size)
     run = lanczos(op, num_steps, None, v0=v)
     length = norm(jtu.tree_map(lambda leaf, like: jnp.asarray(leaf, like.dtype), v, op.structure))
-    rules = _rules(run, max(1, num_steps // 2))
+    *rules, noise = _rules(run, max(1, num_steps // 2))
     coefficients = [_coefficients(f, *rule) for rule in rules]
-    return _assembled(run, length, coefficients, _blurred(f, *rules[0], epsilon(op.structure)))
+    blurred = jnp.maximum(noise / 2 * jnp.linalg.norm(coefficients[0]), _blurred(f, *rules[0], noise))
+    return _assembled(run, length, coefficients, blurred)
 
 
 @eqx.filter_jit
 @usual_promotion()
-def _rules(run: Lanczos, half: int) -> list[tuple[Array, Array]]:
-    """Ritz values, and T's eigenvectors in columns, from all steps and from the first `half`."""
-    rules = []
+def _rules(run: Lanczos, half: int) -> list[Any]:
+    """Ritz values, and T's eigenvectors in columns, from all steps and from the first `half`; the basis's rounding."""
+    rules: list[Any] = []
     for most in (run.diagonal.size, half):
         steps = jnp.minimum(run.steps, most)
         live = jnp.arange(run.diagonal.size) < steps
         diagonal, off_diagonal = jnp.where(live, run.diagonal, 0), jnp.where(live[1:], run.off_diagonal, 0)
         rules.append(tridiagonal_eigh(diagonal, off_diagonal, steps))
-    return rules
+    return [*rules, jnp.max(jax.vmap(noise_of)(run.basis))]
 
 
 def _coefficients(f: Callable[[Array], Array], values: Array, vectors: Array) -> Float[Array, " num_steps"]:
@@ -96,23 +98,21 @@ def _coefficients(f: Callable[[Array], Array], values: Array, vectors: Array) ->
     return matmul(vectors, jnp.where(vectors[0] != 0, elementwise(f, values) * vectors[0], 0))
 
 
-def _blurred(f: Callable[[Array], Array], values: Array, vectors: Array, eps: float) -> Float[Array, ""]:
+def _blurred(f: Callable[[Array], Array], values: Array, vectors: Array, noise: Array) -> Float[Array, ""]:
     """By how much f(T) e₁ changes where every Ritz value moves by what rounding leaves open."""
-    here, step = elementwise(f, values), 32 * eps * jnp.max(jnp.abs(values))
+    here, step = elementwise(f, values), noise * jnp.max(jnp.abs(values))
     moved = (jnp.clip(values + side * step, values[0], values[-1]) for side in (-1, 1))
     change = [jnp.abs(elementwise(f, there) - here) for there in moved]
     # Orthogonal eigenvectors: the norm of the combination is that of the coefficients.
-    return jnp.linalg.norm(jnp.where(vectors[0] != 0, jnp.maximum(*change) * vectors[0], 0))
+    return jnp.linalg.norm(jnp.where(vectors[0] != 0, jnp.maximum(change[0], change[1]) * vectors[0], 0))
 
 
 @eqx.filter_jit
 @usual_promotion()
 def _assembled(run: Lanczos, length: Array, coefficients: list[Array], blurred: Array) -> Applied:
     whole, half = coefficients
-    eps, spent = epsilon(run.residual), jnp.asarray(run.diagonal.size, jnp.int32)
     value = jtu.tree_map(
         lambda rows: (length * contract(whole, rows, (0, 0), whole.dtype)).astype(rows.dtype), run.basis
     )
-    rounding = length * jnp.maximum(16 * eps * jnp.linalg.norm(whole), blurred)
-    change = jnp.where(run.residual_norm == 0, 0, length * jnp.linalg.norm(whole - half))
-    return Applied(value, jnp.maximum(change, rounding), spent)
+    change = jnp.where(run.residual_norm == 0, 0, jnp.linalg.norm(whole - half))
+    return Applied(value, length * jnp.maximum(change, blurred), jnp.asarray(run.diagonal.size, jnp.int32))

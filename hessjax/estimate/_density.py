@@ -187,7 +187,7 @@ class Density(eqx.Module):
     def _points(self, name: str, points: Any) -> Array:
         try:
             array = jnp.asarray(points)
-        except TypeError:
+        except (TypeError, ValueError):
             raise TypeError(f"`{name}` must be real numbers, got {points!r}.") from None
         if jnp.iscomplexobj(array):
             raise TypeError(f"`{name}` must be real numbers, got {array.dtype}.")

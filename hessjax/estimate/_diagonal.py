@@ -11,9 +11,10 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import combine, gram, or_one, scalar_dtype, structure_of, usual_promotion
+from hessjax._vectors import combine, epsilon, gram, matmul, or_one, scalar_dtype, structure_of, usual_promotion
 from hessjax.estimate._door import needs_entries, refuse_method
 from hessjax.estimate._exact import exact_diagonal
+from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import BATCH, products, signs
 from hessjax.estimate._result import Estimate, average, exactly
 from hessjax.estimate._rounds import Method, as_tolerance, run
@@ -56,7 +57,7 @@ def diagonal(
 
     "hutchinson" averages z ⊙ Az over vectors z of random signs: the variance of entry i is Σⱼ Aᵢⱼ² / num_matvecs over
     j ≠ i, so it suits nearly diagonal matrices, for which it is exact. It spends all products, 32 at a time, and holds
-    some 130 vectors.
+    some 180 vectors.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -69,7 +70,8 @@ def diagonal(
 
     Returns:
         A `Diagonal`: value and standard error of every entry, and `.sums` of every leaf. The standard error covers the
-        draw of the vectors; for "xdiag" it is the spread of estimates that are not independent, so a rough one.
+        draw of the vectors. For "xdiag" that of an entry is the spread of estimates that are not independent, so a
+        rough one; that of a sum is a jackknife, as in `hj.trace`.
 
     Raises:
         ValueError: `num_matvecs` is too small, `method` is unknown, or the operator has no entries.
@@ -130,7 +132,41 @@ def _left_one_out(packing: Packing, s: Sketch) -> Diagonal:
         s.probes,
         rest,
     )
-    return _from_samples(packing.unpack(samples, batch=1), 2 * told.shape[0])
+    samples, spent = packing.unpack(samples, batch=1), 2 * told.shape[0]
+    entries, sums = average(samples, spent), average(_leaf_sums(samples), spent)
+    parts = (packing.unpack(block, batch=1) for block in (s.basis, s.basis_images, s.images, s.probes))
+    errors = jtu.tree_map(partial(_error_of_sum, s, gram(s.basis, s.images)), *parts)
+    return Diagonal(entries.value, entries.stderr, entries.num_matvecs, Estimate(sums.value, errors, sums.num_matvecs))
+
+
+def _error_of_sum(s: Sketch, told: Array, q: Array, z: Array, y: Array, w: Array) -> Float[Array, ""]:
+    """The jackknife's standard error of a leaf's sum: the estimates that leave one vector out are not independent.
+
+    Args:
+        s: the sketch.
+        told: QᵀAΩ.
+        q: the leaf of Q, as all that follow with a leading axis k.
+        z: of AQ.
+        y: of AΩ.
+        w: of Ω.
+    """
+    out, k = s.left_out, told.shape[0]
+    if k == 1:
+        return jnp.full((), jnp.inf, told.dtype)
+    bent, seen, own = gram(q, z), matmul(out.T, told), gram(q, w)
+    whole, inside = jnp.trace(bent), jnp.sum(own * told, axis=0)
+    bent, met, angle = matmul(out.T, matmul(bent, out)), matmul(out.T, own), matmul(out.T, out)
+    bent_own, seen_own, met_own = map(jnp.diagonal, (bent, seen, met))
+    base = whole + jnp.diagonal(gram(w, y)) - inside
+    alone = base - bent_own + seen_own * met_own
+    # And with the directions i (rows) and j (columns) out of the span; parallel ones are one.
+    determinant = 1 - angle**2
+    apart = determinant > 64 * jnp.finfo(angle.dtype).eps
+    safe = jnp.where(apart, determinant, 1)
+    taken = jnp.where(apart, (bent_own[:, None] + bent_own - angle * (bent + bent.T)) / safe, bent_own)
+    a = jnp.where(apart, (seen - angle * seen_own) / safe, 0)
+    b = jnp.where(apart, (seen_own - angle * seen) / safe, seen_own)
+    return s.unit * jackknife(alone, base - taken + a * met + b * met_own, epsilon(s.probes))
 
 
 def _hutchinson(packing: Packing) -> Method[Diagonal]:
@@ -163,11 +199,6 @@ def _from_moments(moments: "_Moments") -> Diagonal:
 
 def _zeros(structure: PyTree) -> PyTree:
     return jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), structure)
-
-
-def _from_samples(samples: PyTree[Float[Array, "k ..."]], num_matvecs: int) -> Diagonal:
-    entries = average(samples, num_matvecs)
-    return Diagonal(entries.value, entries.stderr, entries.num_matvecs, average(_leaf_sums(samples), num_matvecs))
 
 
 def _leaf_sums(samples: PyTree[Float[Array, "k ..."]]) -> PyTree[Float[Array, " k"]]:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PRNGKeyArray, PyTree
 
 from hessjax._arguments import as_integer, needs_key
-from hessjax._vectors import gram, inner, norm, or_one, usual_promotion
+from hessjax._vectors import gram, inner, norm, usual_promotion
 from hessjax.estimate._door import needs_entries
 from hessjax.estimate._exact import over_columns
 from hessjax.estimate._left_out import from_left_out
@@ -83,8 +83,9 @@ def _root_of_square(s: Sketch) -> Estimate:
     forms = jax.vmap(lambda image: inner(image, image))(s.images)
     cross = 2 * gram(s.basis_images, s.images)
     square = from_left_out(s, forms, cross, gram(s.basis_images, s.basis_images), 2 * forms.size)
-    root = jnp.sqrt(or_one(square.value))
-    value = jnp.where(square.value <= 0, 0, root)  # NaN stays NaN
+    positive = ~(square.value <= 0)  # so is NaN, which stays
+    root = jnp.sqrt(jnp.where(positive, square.value, 1))
+    value = jnp.where(positive, root, 0)
     return Estimate(s.unit * value, lax.stop_gradient(s.unit * square.stderr / (2 * root)), square.num_matvecs)
 
 

@@ -65,9 +65,13 @@ def spread(samples: Float[Array, "count ..."], divisor: float | int) -> Float[Ar
     return jnp.maximum(unit * jnp.sqrt(jnp.sum((deviation / unit) ** 2, axis=0) / divisor), rounding_of(samples))
 
 
-def rounding_of(samples: Float[Array, "count ..."], eps: float | None = None) -> Float[Array, "..."]:
-    """4 rounding units (of the samples' dtype by default) of the largest sample: no mean of them is known better."""
-    return 4 * (jnp.finfo(samples.dtype).eps if eps is None else eps) * jnp.max(jnp.abs(samples), axis=0)
+def rounding_of(samples: Float[Array, "count ..."], eps: float = 0.0) -> Float[Array, "..."]:
+    """4 rounding units of the largest sample: no mean of them is known better.
+
+    Or half of one of the vectors that they came from, `eps`, where these are in half precision: sums of their products
+    are formed in float32.
+    """
+    return max(4 * float(jnp.finfo(samples.dtype).eps), eps / 2) * jnp.max(jnp.abs(samples), axis=0)
 
 
 def scaled(estimate: Estimate, factor: float | int | Array) -> Estimate:
