@@ -6,11 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from hessjax._reads import Node, Same, Snapshot
+from hessjax._reads import Same, Snapshot
 
 
 @jtu.register_pytree_node_class
-class Function(Node):
+class Function:
     """A callable that passes through `jax.jit` as an argument, whatever it was made of.
 
     A plain function has no leaves. A `jax.tree_util.Partial` or an equinox module keeps its arrays as leaves. Two of
@@ -25,7 +25,7 @@ class Function(Node):
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
         """The arrays, and the key of the programs that they may share."""
-        return self.arrays, (tuple(map(_hashable, self.rest)), self.treedef, Snapshot(self))
+        return self.arrays, (tuple(map(_hashable, self.rest)), self.treedef, Snapshot(self.static))
 
     @classmethod
     def tree_unflatten(cls, key: Any, arrays: Any) -> "Function":
@@ -44,6 +44,9 @@ class Function(Node):
         """That callable without its arrays."""
         return self.treedef.unflatten(self.rest)
 
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self.inner)
+
     def __call__(self, *args: Any) -> Any:
         return self.inner(*args)
 
@@ -52,7 +55,7 @@ def _hashable(value: Any) -> Any:
     """`value`, or where it has no hash, as a dataclass with a `__call__`, its identity."""
     try:
         hash(value)
-    except TypeError:
+    except Exception:  # whatever a user's `__hash__` raises
         return Same(value)
     return value
 

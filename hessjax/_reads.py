@@ -1,44 +1,60 @@
-"""What a function reads from outside its arguments: closure cells, defaults, globals, attributes of objects.
+"""What a function reads from outside its arguments, as far as its code names it.
 
-A compiled program holds these as they were when it was traced. `Snapshot` makes them part of the key under which it is
-kept, so that a loss is traced again when something that it reads was rebound, as if it had never been compiled.
+A compiled program holds these values as they were when it was traced. `Snapshot` makes them part of the key under which
+it is kept, so that a loss is traced again when `data` was rebound, as if it had never been compiled. It follows names
+and attributes (`data`, `config.scale`, `self.net`) through the user's own functions and methods. It never looks inside
+a container and never runs code of the user's: a snapshot is taken at every call.
 """
 
 import dis
 import functools
 import inspect
 import os
+import sys
 import sysconfig
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
+import optax
 from jax.core import Tracer
 
-_MOST = 10_000  # values that are looked at; who reads more than that reads it from large containers
+_MOST = 1000  # functions that are followed
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_RULES = ("fwd", "bwd", "jvp")  # attributes of a function with a custom derivative
 _LIBRARIES = tuple(
     os.path.join(path or "", "")
-    for path in (*map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), os.path.dirname(__file__))
+    for path in (
+        *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
+        *(os.path.dirname(module.__file__ or "") for module in (jax, np, eqx, optax)),
+        os.path.dirname(__file__),
+    )
 )
 
 
 class Snapshot:
     """The values that a function reads, as they are now. Compares equal to another of the very same ones.
 
-    Not seen: an array that is changed in place, a number in a list or a dict, and what the function writes itself, all
-    of which may be the count of their own traces; names that are looked up by string; and the globals of installed
-    packages.
+    Seen are globals, closure variables and defaults, and chains of attributes of these and of a method's own object; in
+    the function itself and in the functions, methods and properties that it names so. Not seen: an array, a list or an
+    object that is changed in place; what the functions write themselves, such as a count of their traces; what is read
+    by a subscript, by `super()` or by a method's decorator; and inside installed packages.
     """
 
     __slots__ = ("_values",)
 
     def __init__(self, function: Any):
-        found = _Walk(with_globals=True).visit(function)
-        self._values = tuple(Same(value) for value, counts in found if counts and not isinstance(value, Tracer))
+        found = list(_values_of(function))
+        written = frozenset().union(*(item.written for item in found))
+        self._values = tuple(
+            Same(item.value)
+            for item in found
+            if item.name not in written and not isinstance(item.value, Tracer | types.ModuleType)
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshot) and self._values == other._values
@@ -47,160 +63,205 @@ class Snapshot:
         return hash(self._values)
 
 
-def reads_tracers(*functions: Any) -> bool:
-    """Whether an array that is being traced is among what functions read. One in a global is but a forgotten one."""
-    walk = _Walk(with_globals=False)
-    return any(isinstance(value, Tracer) for function in functions for value, _ in walk.visit(function))
-
-
-class Node:
-    """A pytree that takes a `Snapshot` of itself when it is flattened; so `static` is looked at, not its children."""
-
-    @property
-    def static(self) -> Any:
-        """What it is apart from its arrays."""
-        raise NotImplementedError
-
-
 class Same:
-    """A value, equal to itself, and a number or a string to its equals."""
+    """A value, equal to itself; numbers, strings, bound methods, and pytrees such as modules, to their equals."""
 
-    __slots__ = ("value",)
+    __slots__ = ("key", "value")
 
     def __init__(self, value: Any):
-        self.value = value
+        self.value, self.key = value, _key_of(value)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Same):
-            return False
-        a, b = self.value, other.value
-        return a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b)
+        return isinstance(other, Same) and (self.value is other.value or self.key == other.key)
 
     def __hash__(self) -> int:
-        return hash(self.value) if type(self.value) in _PLAIN else id(self.value)
+        return hash(self.key)
 
 
-class _Walk:
-    """Goes through what functions read, depth first. Yields each value, and whether it counts for a `Snapshot`."""
-
-    def __init__(self, with_globals: bool):
-        self.with_globals = with_globals
-        self.seen: dict[tuple[int, frozenset[str]], Any] = {}  # holds what it saw, lest an id be used again
-
-    def visit(self, value: Any, names: frozenset[str] = frozenset(), counts: bool = True) -> Iterator[tuple[Any, bool]]:
-        """`value`, and what is read through it by code that takes attributes of these names."""
-        if (id(value), names) in self.seen or len(self.seen) > _MOST:
-            return
-        self.seen[id(value), names] = value
-        if isinstance(value, (*_PLAIN, jax.Array, np.ndarray, np.generic)):
-            yield value, counts or not isinstance(value, _PLAIN)
-        elif isinstance(value, Node):
-            yield from self.visit(value.static, names, counts)
-        elif isinstance(value, list | tuple | dict):
-            for child in _children(value):
-                yield from self.visit(child, names, counts and isinstance(value, tuple))
-        elif isinstance(value, types.ModuleType):
-            if not _is_library(getattr(value, "__file__", None) or ""):
-                for name in sorted(names & vars(value).keys()):
-                    yield from self.visit(vars(value)[name], names)
-        else:
-            if jtu.all_leaves([value]) and not isinstance(value, types.MethodType):  # others are made anew for each use
-                yield value, True
-            inside = self._of_function(value) if _is_function(value) else self._of_object(value, names)
-            for item, its_names in inside:
-                yield from self.visit(item, its_names)
-
-    def _of_function(self, function: Any) -> Iterator[tuple[Any, frozenset[str]]]:
-        """What a function reads directly, each with the names of the attributes that it takes of it."""
-        if isinstance(function, functools.partial):
-            for item in (function.func, *function.args, *function.keywords.values()):
-                yield item, frozenset()
-        elif isinstance(function, types.MethodType):
-            yield function.__func__, frozenset()
-            yield function.__self__, frozenset([function.__func__.__name__])
-        elif isinstance(function, types.FunctionType):
-            code = _names_in(function.__code__)
-            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            values = [cell.cell_contents for name, cell in cells if name not in code.written and _is_filled(cell)]
-            values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-            if self.with_globals and not _is_foreign(function):
-                scope = function.__globals__
-                values += [scope[name] for name in code.globals if name in scope]
-            for item in values:
-                yield item, code.attributes
-        else:
-            yield function.__wrapped__, frozenset()
-
-    def _of_object(self, value: Any, names: frozenset[str]) -> Iterator[tuple[Any, frozenset[str]]]:
-        """Children in a pytree, attributes of these names, and those that its methods of these names read in turn."""
-        for child in _children(value):
-            yield child, names
-        done, todo = set(), names | ({"__call__"} if callable(value) and not isinstance(value, type) else set())
-        while todo:
-            done |= todo
-            found = [attribute for name in sorted(todo) if (attribute := _attribute(value, name)) is not None]
-            for attribute in found:
-                yield attribute, names
-            code = [_names_in(f.__code__) for f in found if isinstance(f, types.FunctionType) and not _is_foreign(f)]
-            todo = frozenset().union(*(names.attributes for names in code)) - done
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(value, types.FunctionType | types.MethodType | functools.partial) or hasattr(value, "__wrapped__")
-
-
-def _is_foreign(function: types.FunctionType) -> bool:
-    return _is_library(function.__code__.co_filename)
-
-
-def _attribute(value: Any, name: str) -> Any:
-    """An attribute, or the function behind it, found without running any code of the object."""
-    found = inspect.getattr_static(value, name, None)
-    if isinstance(found, types.MemberDescriptorType):
-        return getattr(value, name, None)
-    if isinstance(found, property):
-        return found.fget
-    if isinstance(found, functools.cached_property):
-        return found.func
-    return found.__func__ if isinstance(found, staticmethod | classmethod) else found
-
-
-def _children(value: Any) -> list[Any]:
-    """The children of a node of a pytree; none, if it is a leaf."""
+def _key_of(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return type(value), repr(value)  # in which NaN is itself
+    if isinstance(value, np.generic):
+        return type(value), value.tobytes()
+    if isinstance(value, types.MethodType):
+        return id(value.__self__), value.__func__
+    if type(value) in (list, tuple, dict) or jtu.all_leaves([value]):
+        return id(value)
     try:
-        children = jtu.tree_leaves(value, is_leaf=lambda node: node is not value)
-    except (TypeError, ValueError):  # such as a dict whose keys do not sort
-        return list(value.values()) if isinstance(value, dict) else []
-    return [child for child in children if child is not value]
+        leaves, treedef = jtu.tree_flatten(value)
+        hash(key := (treedef, *map(id, leaves)))
+    except Exception:  # a static part without a hash, or whatever else a user's class raises
+        return id(value)
+    return key
+
+
+def reads_tracers(*functions: Any) -> bool:
+    """Whether an array that is being traced is among what functions close over, in containers as well."""
+    todo, seen = [getattr(function, "static", function) for function in functions], {}  # which keeps what it saw alive
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tracer):
+            return True
+        if id(value) in seen or isinstance(value, (*_PLAIN, jax.Array, np.ndarray, np.generic)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, list | tuple | dict):
+            todo.extend(value.values() if isinstance(value, dict) else value)
+        elif not jtu.all_leaves([value]):
+            todo.extend(jtu.tree_leaves(value))
+        if callable(value):
+            found = [item.value for item in _values_of(value, closed_over=True)]
+            # It has followed the functions among these.
+            todo.extend(item for item in found if not callable(item) or not jtu.all_leaves([item]))
+    return False
+
+
+class _Found(NamedTuple):
+    """A value, the last name by which it was reached, and the names that the code it was found in writes."""
+
+    value: Any
+    name: str | None
+    written: frozenset[str]
+
+
+def _values_of(function: Any, closed_over: bool = False) -> Iterator[_Found]:
+    """All values, in an order that depends on the code alone; or without globals, but with what libraries hold."""
+    todo: list[tuple[Any, Any]] = [(function, None)]  # with the object that is its first argument
+    seen: dict[tuple[int, int], Any] = {}
+    while todo and len(seen) < _MOST:
+        function, owner = todo.pop()
+        if isinstance(function, types.MethodType):
+            function, owner = function.__func__, function.__self__
+        if (id(function), id(owner)) in seen:
+            continue
+        seen[id(function), id(owner)] = function, owner
+        for item, its_owner in _read_by(function, owner, closed_over):
+            yield item
+            if callable(item.value) and not isinstance(item.value, type):
+                todo.append((item.value, its_owner))
+
+
+def _read_by(function: Any, owner: Any, closed_over: bool) -> Iterator[tuple[_Found, Any]]:
+    """What a callable reads directly, each with the object that it is bound to, if it is a method."""
+    nothing = frozenset[str]()
+    if isinstance(function, types.FunctionType):
+        yield from _read_by_code(function, owner, closed_over)
+    elif isinstance(function, functools.partial):
+        for part in (function.func, *function.args, *function.keywords.values()):
+            yield _Found(part, None, nothing), None
+    elif (wrapped := _wrapped(function)) is not None:
+        yield _Found(wrapped, None, nothing), owner
+        for rule in _RULES:
+            if isinstance(part := inspect.getattr_static(function, rule, None), types.FunctionType):
+                yield _Found(part, None, nothing), None
+    elif _is_users(type(function)):
+        call = inspect.getattr_static(function, "__call__", None)
+        if isinstance(call, types.FunctionType):
+            yield _Found(call, None, nothing), function
+
+
+def _read_by_code(function: types.FunctionType, owner: Any, closed_over: bool) -> Iterator[tuple[_Found, Any]]:
+    code, nothing = function.__code__, frozenset[str]()
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    held = {name: cell.cell_contents for name, cell in cells if _is_filled(cell)}
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if _is_library(code.co_filename):
+        for value in (*held.values(), *defaults):
+            if closed_over or callable(value):  # what a library wraps is the user's again
+                yield _Found(value, None, nothing), None
+        if owner is not None:  # as flax's `model.apply` runs the model
+            yield from ((item, owner) for item, _ in _read_by(owner, None, closed_over))
+        return
+    for value in defaults:
+        yield _Found(value, None, nothing), None
+    names = _names_in(code)
+    if owner is not None and code.co_argcount:
+        held[code.co_varnames[0]] = owner
+    for is_global, name, chain in names.paths:
+        variables = function.__globals__ if is_global else held
+        if name not in variables or (is_global and closed_over):
+            continue
+        for value, its_owner in _along(variables[name], chain):
+            yield _Found(value, (name, *chain)[-1], names.written), its_owner
+
+
+def _along(value: Any, chain: tuple[str, ...]) -> Iterator[tuple[Any, Any]]:
+    """The value at the end of a chain of attributes; a method or a property with its object, where one ends it."""
+    owner = None
+    for name in chain:
+        if isinstance(value, types.ModuleType) and _is_library(getattr(value, "__file__", None) or _LIBRARIES[0]):
+            return
+        found, owner = inspect.getattr_static(value, name, None), None
+        if isinstance(found, property | functools.cached_property):
+            yield (found.fget if isinstance(found, property) else found.func), value
+            return
+        if isinstance(found, types.MemberDescriptorType):
+            try:
+                found = found.__get__(value)
+            except AttributeError:  # a slot that is not filled yet
+                return
+        if isinstance(found, staticmethod | classmethod):
+            found = found.__func__
+        elif isinstance(found, types.FunctionType) and inspect.getattr_static(type(value), name, None) is found:
+            owner = value
+        if found is None:
+            return
+        value = found
+    if not isinstance(value, types.ModuleType):
+        yield value, owner
 
 
 class _Names(NamedTuple):
-    """The globals and attributes that code reads and does not write, and the variables that it writes."""
+    """What code reads: whether a global, the variable, and attributes of it. And the names that it writes."""
 
-    globals: tuple[str, ...]
-    attributes: frozenset[str]
+    paths: tuple[tuple[bool, str, tuple[str, ...]], ...]
     written: frozenset[str]
 
 
 @functools.cache
 def _names_in(code: types.CodeType) -> _Names:
     """Of code, the functions inside it included."""
-    scope, attributes, written = set(), set(), set()
+    paths, written = set(), set()
+    start, chain = None, ()
     for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith(("LOAD_GLOBAL", "LOAD_NAME")):
-            scope.add(instruction.argval)
-        elif instruction.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
-            attributes.add(instruction.argval)
-        elif instruction.opname.startswith(("STORE_GLOBAL", "STORE_DEREF", "STORE_ATTR")):
-            written.add(instruction.argval)
-    for inside in (_names_in(item) for item in code.co_consts if isinstance(item, types.CodeType)):
-        scope, attributes, written = scope | {*inside.globals}, attributes | inside.attributes, written | inside.written
-    return _Names(tuple(sorted(scope - written)), frozenset(attributes - written), frozenset(written))
+        operation, name = instruction.opname, instruction.argval
+        if operation in ("EXTENDED_ARG", "CACHE"):
+            continue
+        if operation in ("LOAD_ATTR", "LOAD_METHOD") and start is not None:
+            chain = (*chain, name)
+            continue
+        if start is not None:
+            paths.add((*start, chain))
+        start, chain = None, ()
+        if operation.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_FAST")):
+            name = name[-1] if isinstance(name, tuple) else name  # two variables in one instruction
+            start = operation.startswith(("LOAD_GLOBAL", "LOAD_NAME")), name
+        elif operation in ("STORE_GLOBAL", "STORE_ATTR") or (operation == "STORE_DEREF" and name in code.co_freevars):
+            written.add(name)
+    for inner in (item for item in code.co_consts if isinstance(item, types.CodeType)):
+        names = _names_in(inner)
+        # Of the inner one's own variables only those count that it shares with this one.
+        paths |= {path for path in names.paths if path[0] or path[1] in inner.co_freevars}
+        written |= names.written
+    return _Names(tuple(sorted(paths)), frozenset(written))
+
+
+def _wrapped(value: Any) -> Any:
+    """The function that a wrapper such as `jax.jit` was made of, if it says so."""
+    found = inspect.getattr_static(value, "__wrapped__", None)
+    return getattr(value, "__wrapped__", None) if isinstance(found, property) else found
+
+
+def _is_users(kind: type) -> bool:
+    """Whether a class is defined outside of libraries."""
+    top = kind.__module__.partition(".")[0]
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return top not in sys.stdlib_module_names and not _is_library(path)
 
 
 @functools.cache
 def _is_library(path: str) -> bool:
-    return path.startswith(_LIBRARIES)
+    return path.startswith(_LIBRARIES) or "/site-packages/" in path or "/dist-packages/" in path
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -29,9 +29,9 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
     static, as a loss may branch on it: each value is a program of its own. `jnp.asarray` makes it an argument.
 
     Args:
-        loss: `loss(params, *args)`, a real scalar. Traced when a product is, and again where something that it reads
-            from outside its arguments (a global, a closure, an attribute) has been rebound; but not for an array that
-            was changed in place, nor for a number in a list or a dict.
+        loss: `loss(params, *args)`, a real scalar. Traced when a product is, and again where something that its code
+            names from outside its arguments (`data`, `config.scale`, `self.net`) has been rebound; but not for what
+            was changed in place, such as an array or an entry of a list or a dict.
         batch_size: None for one product over all of `args`. Otherwise `loss` must be a mean over the leading axis of
             `args`, and a product sums over slices of that many examples, weighted by their count, in a loop inside the
             program: memory for one slice. A remainder is its own slice. Arrays without axes are passed whole.

@@ -214,8 +214,10 @@ def as_image(image: PyTree, structure: PyTree, name: str) -> PyTree:
 def operator(matvec: Any, like: PyTree) -> Operator:
     """Wraps a symmetric v ↦ Av as an `Operator`.
 
-    Arrays that `matvec` closes over become leaves of the operator, so that they are arguments of every compiled
-    program that uses it, and can be differentiated. `matvec` is traced once, here.
+    Arrays that `matvec` closes over, or reads from a global, become leaves of the operator, so that they are arguments
+    of every compiled program that uses it, and can be differentiated. `matvec` is traced once, here; with such arrays
+    every call is a trace of its own, for which what uses it is compiled anew. In a loop, wrap once and pass the
+    operator through `jax.jit`, or write a subclass of `hj.Operator` with the arrays as fields.
 
     Args:
         matvec: a linear and symmetric function from pytrees shaped as `like` to the same. Trusted, not checked.

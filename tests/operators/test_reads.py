@@ -1,6 +1,7 @@
 """What a loss reads from outside its arguments: rebound, it counts anew; traced, it can be differentiated."""
 
 import dataclasses
+import datetime
 import functools
 
 import equinox as eqx
@@ -215,3 +216,93 @@ def test_a_loss_that_reads_the_model_it_is_part_of():
     held = {}
     held["model"] = hj.Model(P, (2 * P, P), forward, lambda output, target: output**2)
     assert float(held["model"].loss_value()) == pytest.approx(144.0)
+
+
+def test_objects_that_are_rebound_unread_or_equal_compile_nothing_anew():
+    traces = []
+
+    class State:
+        def __init__(self, apply, params, step):
+            self.apply, self.params, self.step = apply, params, step
+
+    class Trainer:
+        def __init__(self):
+            self.state, self.rate, self.static = State(loss, P, 0), float("nan"), None
+
+        def bump(self):
+            self.calls = getattr(self, "calls", 0) + 1
+
+        def loss(self, p, x):
+            traces.append(datetime.datetime.now(tz=datetime.UTC))
+            self.bump()
+            return self.state.apply(p, x) + 0 * np.float32(self.calls) + (self.rate == 1) + (self.static is None)
+
+    trainer, model = Trainer(), eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    for step in range(3):
+        trainer.state = State(loss, step * P, step)
+        trainer.rate = float("nan")
+        trainer.static = eqx.partition(model, eqx.is_array)[1]  # equal, and another object
+        hj.hvp(trainer.loss)(P + step, FACTOR) @ P
+    assert len(traces) == 1
+
+
+def test_the_place_of_a_value_counts():
+    flags = [True, True, False]
+
+    class Config:
+        a, b, c = flags
+
+    def function(p):
+        return jnp.sum(p**2) * (1 + 10 * Config.a + 100 * Config.b + 1000 * Config.c)
+
+    first = curvature(function)
+    Config.a, Config.b, Config.c = True, False, True
+    np.testing.assert_allclose(curvature(function), first / 111 * 1011, rtol=1e-6)
+
+
+def test_rules_of_a_custom_derivative_are_read_as_well():
+    slope = 2.0
+
+    @jax.custom_jvp
+    def square(p):
+        return p**2
+
+    @square.defjvp
+    def _rule(primals, tangents):
+        return square(primals[0]), slope * primals[0] * tangents[0]
+
+    def function(p):
+        return jnp.sum(square(p))
+
+    first = curvature(function)
+    slope = 6.0
+    np.testing.assert_allclose(curvature(function), 3 * first, rtol=1e-6)
+
+
+class Proxy:
+    """Answers for every name, by running code that must not run."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_odd_objects_are_left_alone():
+    proxy, itself, empty = Proxy(), [], Slotted.__new__(Slotted)
+    itself.append(itself)
+    node = None
+    for _ in range(3000):
+        node = [node]
+
+    class Raises:
+        def __hash__(self):
+            raise RuntimeError
+
+        def __call__(self, p):
+            held = (proxy, itself, empty, node)
+            return jnp.sum(p**2) * len(held)
+
+    np.testing.assert_allclose(curvature(Raises()), 8.0)
+    chain = [lambda p: jnp.sum(p**2)]
+    for _ in range(300):
+        chain.append(lambda p, inner=chain[-1]: inner(p))
+    assert hj.hvp(lambda p: chain[5](p))(P).size == 3
