@@ -27,12 +27,13 @@ _MOST = 1000  # functions that are followed
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _RULES = ("fwd", "bwd", "jvp")  # attributes of a function with a custom derivative
 _LIBRARIES = tuple(
-    os.path.join(path or "", "")
+    os.path.join(path, "")
     for path in (
         *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
         *(os.path.dirname(module.__file__ or "") for module in (jax, np, eqx, optax)),
         os.path.dirname(__file__),
     )
+    if path
 )
 
 
