@@ -74,23 +74,23 @@ def apply_function(
     num_steps = min(num_steps, op.size)
     run = lanczos(op, num_steps, None, v0=v)
     length = norm(jtu.tree_map(lambda leaf, like: jnp.asarray(leaf, like.dtype), v, op.structure))
-    *rules, noise = _rules(run, max(1, num_steps // 2))
-    coefficients = [_coefficients(f, *rule) for rule in rules]
-    blurred = jnp.maximum(noise / 2 * jnp.linalg.norm(coefficients[0]), _blurred(f, *rules[0], noise))
-    return _assembled(run, length, coefficients, blurred)
+    whole, half, noise = _rules(run, max(1, num_steps // 2))
+    coefficients = _coefficients(f, *whole), _coefficients(f, *half)
+    rounding = jnp.maximum(noise / 2 * jnp.linalg.norm(coefficients[0]), _blurred(f, *whole, noise=noise))
+    return _assembled(run, length, coefficients, rounding)
 
 
 @eqx.filter_jit
 @usual_promotion()
-def _rules(run: Lanczos, half: int) -> list[Any]:
+def _rules(run: Lanczos, half: int) -> tuple[tuple[Array, Array], tuple[Array, Array], Array]:
     """Ritz values, and T's eigenvectors in columns, from all steps and from the first `half`; the basis's rounding."""
-    rules: list[Any] = []
+    rules = []
     for most in (run.diagonal.size, half):
         steps = jnp.minimum(run.steps, most)
         live = jnp.arange(run.diagonal.size) < steps
         diagonal, off_diagonal = jnp.where(live, run.diagonal, 0), jnp.where(live[1:], run.off_diagonal, 0)
         rules.append(tridiagonal_eigh(diagonal, off_diagonal, steps))
-    return [*rules, jnp.max(jax.vmap(noise_of)(run.basis))]
+    return rules[0], rules[1], jnp.max(jax.vmap(noise_of)(run.basis))
 
 
 def _coefficients(f: Callable[[Array], Array], values: Array, vectors: Array) -> Float[Array, " num_steps"]:
@@ -102,17 +102,17 @@ def _blurred(f: Callable[[Array], Array], values: Array, vectors: Array, noise: 
     """By how much f(T) e₁ changes where every Ritz value moves by what rounding leaves open."""
     here, step = elementwise(f, values), noise * jnp.max(jnp.abs(values))
     moved = (jnp.clip(values + side * step, values[0], values[-1]) for side in (-1, 1))
-    change = [jnp.abs(elementwise(f, there) - here) for there in moved]
+    change = jnp.max(jnp.stack([jnp.abs(elementwise(f, there) - here) for there in moved]), axis=0)
     # Orthogonal eigenvectors: the norm of the combination is that of the coefficients.
-    return jnp.linalg.norm(jnp.where(vectors[0] != 0, jnp.maximum(change[0], change[1]) * vectors[0], 0))
+    return jnp.linalg.norm(jnp.where(vectors[0] != 0, change * vectors[0], 0))
 
 
 @eqx.filter_jit
 @usual_promotion()
-def _assembled(run: Lanczos, length: Array, coefficients: list[Array], blurred: Array) -> Applied:
+def _assembled(run: Lanczos, length: Array, coefficients: tuple[Array, Array], rounding: Array) -> Applied:
     whole, half = coefficients
     value = jtu.tree_map(
         lambda rows: (length * contract(whole, rows, (0, 0), whole.dtype)).astype(rows.dtype), run.basis
     )
     change = jnp.where(run.residual_norm == 0, 0, jnp.linalg.norm(whole - half))
-    return Applied(value, length * jnp.maximum(change, blurred), jnp.asarray(run.diagonal.size, jnp.int32))
+    return Applied(value, length * jnp.maximum(change, rounding), jnp.asarray(run.diagonal.size, jnp.int32))

@@ -48,7 +48,7 @@ def as_scipy(op: Operator | Any, *, like: PyTree | None = None) -> "LinearOperat
 
     def matvec(flat: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(flat):
-            return matvec(flat.real) + 1j * matvec(flat.imag)
+            return matvec(np.real(flat)) + 1j * matvec(np.imag(flat))
         return np.asarray(_product(op, unravel(jnp.asarray(flat.reshape(-1), dtype))))
 
     return LinearOperator(shape=(op.size, op.size), matvec=matvec, rmatvec=matvec, dtype=dtype)  # pyright: ignore[reportCallIssue] SciPy's stub has no constructor
