@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._vectors import or_one
@@ -15,7 +16,7 @@ from hessjax._vectors import or_one
 class Estimate(eqx.Module):
     """A random estimate.
 
-    `float(estimate)` and `numpy.asarray(estimate)` are its value.
+    `float(estimate)` and `numpy.asarray(estimate)` are its value; a scalar prints with its error.
 
     Attributes:
         value: a pytree of arrays.
@@ -31,6 +32,13 @@ class Estimate(eqx.Module):
     value: PyTree[Float[Array, "..."]]
     stderr: PyTree[Float[Array, "..."]]
     num_matvecs: Int[Array, ""]
+
+    def __repr__(self) -> str:
+        parts = (self.value, self.stderr, self.num_matvecs)
+        if any(isinstance(part, Tracer) or not eqx.is_array_like(part) or np.ndim(part) for part in parts):
+            return eqx.tree_pformat(self)
+        value, error, count = float(self.value), float(self.stderr), int(self.num_matvecs)
+        return f"{type(self).__name__}({value:.6g} ± {error:.2g}, {count} products)"
 
     def __float__(self) -> float:
         return float(self.value)

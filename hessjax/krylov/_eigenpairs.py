@@ -3,6 +3,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from hessjax._vectors import or_one
@@ -11,7 +13,8 @@ from hessjax._vectors import or_one
 class Eigenpairs(eqx.Module):
     """k eigenpairs of a symmetric operator, with what is known of their errors.
 
-    Under `jax.vmap` every array has the batch's axes in front; what is read from them has them too.
+    Under `jax.vmap` every array has the batch's axes in front; what is read from them has them too. `print` shows
+    eigenvalues, residuals and what converged.
 
     Attributes:
         eigenvalues: (k,), ascending.
@@ -68,6 +71,16 @@ class Eigenpairs(eqx.Module):
         Source: Davis and Kahan, The rotation of eigenvectors by a perturbation, doi:10.1137/0707001.
         """
         return jnp.where(self.isolation > self.residuals, jnp.arcsin(self._sines()), jnp.pi / 2)
+
+    def __str__(self) -> str:
+        shown = (self.eigenvalues, self.residuals, self.converged, self.num_matvecs)
+        if any(isinstance(part, Tracer) or not eqx.is_array(part) for part in shown) or self.eigenvalues.ndim != 1:
+            return repr(self)
+        values, residuals, converged = (np.asarray(part).tolist() for part in shown[:3])
+        lines = [f"{sum(converged)} of {len(values)} eigenpairs converged, {int(self.num_matvecs)} products"]
+        for value, residual, good in zip(values, residuals, converged, strict=True):
+            lines.append(f"{value:14.7g}  residual {residual:.1e}{'' if good else '  not converged'}")
+        return "\n".join(lines)
 
     def _sines(self) -> Float[Array, "*batch k"]:
         return jnp.minimum(self.residuals / or_one(self.isolation), 1)

@@ -175,6 +175,18 @@ def test_methods_of_a_density_compile_once(key):
     assert compiled == []
 
 
+def test_estimates_print_with_their_errors(key):
+    assert repr(hj.Estimate(jnp.asarray(1.25), jnp.asarray(0.031), jnp.asarray(60))) == (
+        "Estimate(1.25 ± 0.031, 60 products)"
+    )
+    op = Diagonal(jnp.linspace(0.0, 1.0, 60))
+    assert "f32[60]" in repr(hj.diagonal(op, 10, key))
+    shown = []
+    jax.jit(lambda key: shown.append(repr(hj.trace(op, 10, key))))(key)
+    jax.vmap(lambda key: shown.append(repr(hj.trace(op, 10, key))))(jax.random.split(key, 2))
+    assert all("value=f32[]" in text for text in shown)
+
+
 def test_points_and_widths_are_real_numbers(key):
     density = hj.spectral_density(Diagonal(jnp.linspace(0.0, 1.0, 60)), key, num_steps=10)
     with pytest.raises(TypeError, match="`low` must be real numbers, got None"):

@@ -144,3 +144,15 @@ def test_a_small_product_that_is_not_symmetric_or_not_the_same_twice_is_not_call
     pairs = hj.eigsh(trembling, 2, key, which="LA", tol=1e-4, like=jnp.zeros(100), measure_noise=True)
     assert not bool(pairs.converged.any())
     assert int(pairs.num_matvecs) == 103
+
+
+def test_pairs_print_as_a_table(key):
+    op = hj.operator(lambda v: jnp.arange(300.0) * v, jnp.zeros(300))
+    pairs = hj.eigsh(op, 2, key, which="LA", tol=1e-3)
+    first, *rows = str(pairs).split("\n")
+    assert first == f"2 of 2 eigenpairs converged, {int(pairs.num_matvecs)} products"
+    assert [float(row.split()[0]) for row in rows] == pytest.approx(pairs.eigenvalues.tolist(), rel=1e-6)
+    short = hj.eigsh(op, 2, key, which="SM", maxiter=1, ncv=3)
+    assert str(short).count("not converged") == int(np.sum(~np.asarray(short.converged)))
+    batch = jax.vmap(lambda key: hj.eigsh(op, 2, key, which="LA", tol=1e-2))(jax.random.split(key, 2))
+    assert str(batch) == repr(batch)
