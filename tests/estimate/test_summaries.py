@@ -84,3 +84,12 @@ def test_the_condition_number_lies_within_its_bound(x64):
         assert np.isposinf(run(values.at[0].set(rounded)).stderr)
     with pytest.raises(ValueError, match="at least two"):
         hj.condition_number(Diagonal(jnp.ones(1)), jax.random.key(0))
+
+
+def test_an_operator_is_no_density(key):
+    op = Diagonal(jnp.linspace(0.5, 2.0, 30))
+    for summary in (hj.nuclear_norm, hj.stable_rank, hj.num_negative, hj.spectral_entropy):
+        with pytest.raises(TypeError, match=r"reads a `Density`, got Diagonal.*spectral_density"):
+            summary(op)
+    with pytest.raises(TypeError, match="`effective_dimension` reads a `Density`"):
+        hj.effective_dimension(op, 0.1)
