@@ -24,6 +24,10 @@ def as_lineax(op: Operator | Any, *, tags: Any = (), like: PyTree | None = None)
     Returns:
         A pytree that holds the operator's arrays: it passes through `eqx.filter_jit` and can be differentiated.
 
+        lineax's CG compares entry by entry and by absolute measures: give it `atol > 0` where the right-hand side has
+        exact zeros, or it may end at once and call that a success; on float32 operators of small scale it may return
+        NaN. `hj.solve` does neither.
+
     Raises:
         ImportError: lineax is not installed.
 
@@ -31,7 +35,7 @@ def as_lineax(op: Operator | Any, *, tags: Any = (), like: PyTree | None = None)
         >>> import hessjax as hj, jax.numpy as jnp, lineax as lx
         >>> A = hj.operator(lambda v: jnp.array([2.0, 4.0]) * v, like=jnp.zeros(2))
         >>> B = hj.as_lineax(A, tags=lx.positive_semidefinite_tag)
-        >>> lx.linear_solve(B, jnp.ones(2), lx.CG(rtol=1e-6, atol=0.0)).value.tolist()
+        >>> lx.linear_solve(B, jnp.ones(2), lx.CG(rtol=1e-6, atol=1e-6)).value.tolist()
         [0.5, 0.25]
     """
     try:
