@@ -98,7 +98,7 @@ def _key_of(value: Any) -> Any:
 
 def reads_tracers(*functions: Any) -> bool:
     """Whether an array that is being traced is among what functions close over, in containers as well."""
-    todo, seen = [getattr(function, "static", function) for function in functions], {}  # which keeps what it saw alive
+    todo, seen = list(functions), {}  # which keeps what it saw alive
     while todo:
         value = todo.pop()
         if isinstance(value, Tracer):

@@ -40,6 +40,11 @@ def structure_of(vector: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     return jtu.tree_map_with_path(describe, vector)
 
 
+def row_structure(rows: PyTree[Array]) -> PyTree[jax.ShapeDtypeStruct]:
+    """The structure of one vector of several, which are stacked on a leading axis."""
+    return jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+
+
 def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str) -> PyTree[Array]:
     """`vector` with `structure`'s dtypes.
 

@@ -5,23 +5,17 @@ limit and save as any other. Each function draws on `ax`, or on a figure of its 
 multiplies by an operator; `loss_along` evaluates a loss. matplotlib is imported at the first call.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 import optax
-from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from hessjax._arguments import as_integer
-from hessjax._function import as_function
-from hessjax._model import Model
-from hessjax._vectors import full_precision, inner, structure_of
+from hessjax._lines import loss_of, losses_along, value_and_slopes
+from hessjax._vectors import row_structure, structure_of
 from hessjax.estimate import Density, Estimate
 from hessjax.krylov import Eigenpairs
 
@@ -215,17 +209,17 @@ def loss_along(
     if radius is not None and not 0 < float(radius) < np.inf:
         raise ValueError(f"`plot.loss_along` needs a positive `radius`, got {radius}.")
     _one(pairs.eigenvalues, 1, "loss_along")
-    params, loss, function = _loss_of(loss, params)
-    wanted, got = structure_of(params), jax.eval_shape(lambda v: jtu.tree_map(lambda x: x[0], v), pairs.eigenvectors)
-    if structure_of(got) != wanted:
+    params, loss, function = loss_of(loss, params)
+    wanted, got = structure_of(params), row_structure(pairs.eigenvectors)
+    if got != wanted:
         raise ValueError(f"`plot.loss_along` needs eigenvectors shaped as `params`, {wanted}, got {got}.")
     values = np.asarray(pairs.eigenvalues, float)
-    center, slopes = map(np.asarray, _center(function, loss, params, pairs.eigenvectors))
+    center, slopes = map(np.asarray, value_and_slopes(function, loss, params, pairs.eigenvectors))
     if radius is None:
         height, steepest = abs(float(center)), float(np.max(np.abs(values), initial=0))
         radius = (2 * height / steepest) ** 0.5 if height > 0 and steepest > 0 else 1.0
     distances = np.linspace(-float(radius), float(radius), num_points)
-    heights = np.asarray(_heights(function, loss, params, pairs.eigenvectors, distances))
+    heights = np.asarray(losses_along(function, loss, params, pairs.eigenvectors, distances))
     ax = _axes(ax, "loss_along")
     for index in reversed(range(values.size)):
         colour = _next_colour(ax)
@@ -386,46 +380,3 @@ def _trail(state: Any) -> tuple[Float[np.ndarray, "steps k"], np.ndarray]:
     order = np.argsort(np.asarray(steps), kind="stable")
     order = order[np.asarray(steps)[order] >= 0]
     return np.asarray(history, float)[order], np.asarray(steps)[order]
-
-
-def _loss_of(loss: Any, params: PyTree | None) -> tuple[PyTree, Any, Callable[[Any, PyTree], Array]]:
-    """Where to stand, the loss object, and a function of it and of parameters."""
-    if isinstance(loss, Model):
-        return (loss.params if params is None else params), loss, _model_loss
-    if not callable(loss):
-        raise TypeError(f"`plot.loss_along` needs a `hj.Model` or a function of the parameters, got {loss!r}.")
-    if params is None:
-        raise ValueError("`plot.loss_along` needs `params=` where the loss is a function.")
-    return params, as_function(loss, "loss"), _called
-
-
-def _model_loss(model: Model, params: PyTree) -> Array:
-    return eqx.tree_at(lambda m: m.params, model, params).loss_value()
-
-
-def _called(loss: Callable[[PyTree], Array], params: PyTree) -> Array:
-    with full_precision():
-        return loss(params)
-
-
-@eqx.filter_jit
-def _center(
-    function: Callable[[Any, PyTree], Array], loss: Any, params: PyTree, vectors: PyTree
-) -> tuple[Array, Float[Array, " k"]]:
-    """The loss at the parameters, and its slope along each vector."""
-    params = jtu.tree_map(jnp.asarray, params)
-    value, gradient = jax.value_and_grad(function, argnums=1)(loss, params)
-    return value, jax.vmap(inner, (None, 0))(gradient, vectors)
-
-
-@eqx.filter_jit
-def _heights(
-    function: Callable[[Any, PyTree], Array], loss: Any, params: PyTree, vectors: PyTree, distances: Any
-) -> Float[Array, "k points"]:
-    """The loss along each vector."""
-    params = jtu.tree_map(jnp.asarray, params)
-
-    def at(vector: PyTree, distance: Array) -> Array:
-        return function(loss, jtu.tree_map(lambda p, v: (p + distance * v).astype(p.dtype), params, vector))
-
-    return lax.map(lambda vector: lax.map(partial(at, vector), jnp.asarray(distances)), vectors)

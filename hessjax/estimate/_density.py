@@ -47,7 +47,6 @@ class Density(eqx.Module):
     size: int = eqx.field(static=True)
     num_matvecs: Int[Array, ""]
 
-    @usual_promotion()
     def pdf(self, grid: Any, sigma: Any = None) -> Estimate:
         """The density on `grid`, smoothed by a normal distribution.
 
@@ -65,7 +64,6 @@ class Density(eqx.Module):
         width = self.default_width if sigma is None else self._width(sigma)
         return _over_probes(smoothed, self, self._points("grid", grid), width)
 
-    @usual_promotion()
     def log_pdf(self, grid: Any, sigma: Any = 0.1) -> Estimate:
         """The density of log₁₀|λ|, for spectra that span decades: mass per decade, of both signs together.
 
@@ -80,7 +78,6 @@ class Density(eqx.Module):
         width = jnp.maximum(self._width(sigma), _TAIL)
         return _over_probes(_logarithmic, self, jnp.log10(self._points("grid", grid)), width)
 
-    @usual_promotion()
     def cdf(self, grid: Any) -> Estimate:
         """The fraction of eigenvalues at or below each point of `grid`.
 
@@ -94,7 +91,6 @@ class Density(eqx.Module):
         """
         return _over_probes(mass_up_to, self, self._points("grid", grid) + self._rounding())
 
-    @usual_promotion()
     def count(self, low: Any, high: Any) -> Estimate:
         """The number of eigenvalues in [low, high].
 
@@ -130,7 +126,6 @@ class Density(eqx.Module):
             raise ValueError(f"`moment` needs `p >= 0`, got {p}.")
         return self.mean_of(lambda x: x**p)
 
-    @usual_promotion()
     def mean_of(self, function: Callable[[Array], Array]) -> Estimate:
         """The mean of f(λ): tr f(A) / n.
 
@@ -143,7 +138,6 @@ class Density(eqx.Module):
         values = jnp.where(self.weights != 0, self.weights * elementwise(function, self.nodes), 0)
         return average(jnp.sum(values, axis=1), self.num_matvecs)
 
-    @usual_promotion()
     def quantile(self, q: Any) -> Estimate:
         """The λ below which the fraction q of the eigenvalues lies.
 
@@ -157,7 +151,6 @@ class Density(eqx.Module):
         """
         return _quantile(self, self._points("q", q))
 
-    @usual_promotion()
     def function_of_means(self, integrands: Any, function: Callable[..., Array]) -> Estimate:
         """A function g of several means of f(λ), such as a ratio, with a jackknife error over the probes.
 

@@ -9,7 +9,18 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from hessjax._vectors import combine, epsilon, gram, inner, matmul, or_one, size_of, stacked, structure_of
+from hessjax._vectors import (
+    combine,
+    epsilon,
+    gram,
+    inner,
+    matmul,
+    or_one,
+    row_structure,
+    size_of,
+    stacked,
+    structure_of,
+)
 from hessjax.estimate._left_out import jackknife
 from hessjax.estimate._probes import on_long_sphere, products
 from hessjax.estimate._result import Estimate, average, scaled
@@ -40,7 +51,7 @@ def xnystrace(data: Images) -> Estimate:
     1 / eᵢᵀhᵢ. A small shift of A, taken off the trace again, keeps H invertible where A's rank is below k.
     """
     probes, images = data.probes, data.images
-    structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), probes)
+    structure = row_structure(probes)
     k, n = jtu.tree_leaves(probes)[0].shape[0], size_of(structure)
     unit = lax.stop_gradient(largest(images))
     images = jtu.tree_map(lambda leaf: (leaf / unit).astype(leaf.dtype), images)

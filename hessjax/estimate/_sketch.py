@@ -16,7 +16,18 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import divide, epsilon, gram, inner, norm, or_one, scalar_dtype, stacked, structure_of
+from hessjax._vectors import (
+    divide,
+    epsilon,
+    gram,
+    inner,
+    norm,
+    or_one,
+    row_structure,
+    scalar_dtype,
+    stacked,
+    structure_of,
+)
 from hessjax.estimate._probes import products
 from hessjax.krylov._basis import Basis
 from hessjax.operators._operator import Operator
@@ -125,7 +136,7 @@ def orthonormal(block: Block, known: PyTree[Float[Array, "m ..."]] | None = None
         block: the vectors.
         known: what the first of them became in an earlier call.
     """
-    structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), block)
+    structure = row_structure(block)
     count = jtu.tree_leaves(block)[0].shape[0]
     start = 0 if known is None else jtu.tree_leaves(known)[0].shape[0]
     position = jnp.arange(count)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import contract, epsilon, norm, scalar_dtype, select
+from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype, select
 
 _SMALLEST_BLOCK = 16  # rows; the others are multiples of it, except the last
 _GROWTH = 2.25  # of a block over the one before: more blocks read fewer empty rows, but each is compiled
@@ -76,7 +76,7 @@ class Basis(eqx.Module):
     @classmethod
     def of(cls, rows: PyTree[Float[Array, "m ..."]], num_rows: int) -> "Basis":
         """A basis that begins with the given orthonormal rows; the others are zero."""
-        structure = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+        structure = row_structure(rows)
         empty, blocks, start = cls.zeros(structure, num_rows), [], 0
         for block, size in zip(empty.blocks, empty.sizes, strict=True):
             here = jtu.tree_map(lambda leaf, at=start, size=size: leaf[at : at + size], rows)

@@ -247,7 +247,7 @@ def operator(matvec: Any, like: PyTree) -> Operator:
 
 def hoisted(op: Operator, *functions: Function) -> Operator:
     """`op`, in which arrays being traced that a function closes over are leaves, so that they can be differentiated."""
-    if reads_tracers(*functions):
+    if reads_tracers(*(function.static for function in functions)):
         return operator(op.product, op.like)
     return op
 

@@ -100,10 +100,8 @@ def _search(state: Any, known: Hyperparameters) -> list[tuple[Any, Rule, Hyperpa
     hyperparams = getattr(state, "hyperparams", None)
     if isinstance(hyperparams, Mapping):
         known = {**known, **hyperparams}
-    children = _children(state)
-    for node in (state, *children):
-        known = {**_DEFAULTS.get(type(node).__name__, {}), **known}
-    return [hit for child in children for hit in _search(child, known)]
+    known = {**_DEFAULTS.get(kind, {}), **known}
+    return [hit for child in _children(state) for hit in _search(child, known)]
 
 
 def _kinds(state: Any) -> list[str]:
@@ -190,14 +188,15 @@ _UNREAD = {
 }
 
 
-def _is_masked(node: Any) -> bool:
+def is_masked(node: Any) -> bool:
+    """Whether optax put this in the place of parameters that a transformation does not see."""
     return isinstance(node, optax.MaskedNode)
 
 
 def _merge(first: PyTree, second: PyTree) -> PyTree:
     """Two trees that cover different parameters, each masked where the other is not."""
-    if _is_masked(first) or _is_masked(second):
-        return second if _is_masked(first) else first
+    if is_masked(first) or is_masked(second):
+        return second if is_masked(first) else first
     ours, theirs = _children(first), _children(second)
     if jtu.all_leaves([first]) or len(ours) != len(theirs):
         raise ValueError(
@@ -211,7 +210,7 @@ def _merge(first: PyTree, second: PyTree) -> PyTree:
 def _complete(scale: PyTree, like: PyTree | None) -> PyTree:
     """D = 1 for parameters without an adaptive state."""
     if like is None:
-        bare = [path for path, d in jtu.tree_leaves_with_path(scale, is_leaf=_is_masked) if _is_masked(d)]
+        bare = [path for path, d in jtu.tree_leaves_with_path(scale, is_leaf=is_masked) if is_masked(d)]
         if bare:
             places = ", ".join(f"`{jtu.keystr(path)}`" for path in bare)
             raise ValueError(
@@ -222,10 +221,10 @@ def _complete(scale: PyTree, like: PyTree | None) -> PyTree:
     structure = structure_of(like)
 
     def fill(d: Any, spec: PyTree) -> PyTree:
-        return jtu.tree_map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), spec) if _is_masked(d) else d
+        return jtu.tree_map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), spec) if is_masked(d) else d
 
     try:
-        scale = jtu.tree_map(fill, scale, structure, is_leaf=_is_masked)
+        scale = jtu.tree_map(fill, scale, structure, is_leaf=is_masked)
     except ValueError:
         got = jtu.tree_structure(scale)
         raise ValueError(f"`like` must have the structure of the optimized parameters, {got}, got {like!r}.") from None

@@ -11,9 +11,10 @@ import optax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from hessjax._vectors import select, size_of, structure_of, usual_promotion
+from hessjax._vectors import row_structure, select, size_of, structure_of, usual_promotion
 from hessjax.krylov._warm import LowRank, WarmPairs, warm_eigenpairs
 from hessjax.operators import Operator, hvp, precondition
+from hessjax.operators._optax import is_masked
 from hessjax.training._settings import Settings
 from hessjax.training._state import CurvatureState, initial_state
 from hessjax.training._subspace import continued, nearness, overlap, principal_angles
@@ -168,7 +169,7 @@ def track_curvature(
 
 def _needs_all(params: PyTree) -> None:
     """Raises ValueError where an optax combinator hides a part of the parameters, of which the loss is a function."""
-    masked = [node for node in jtu.tree_leaves(params, is_leaf=_is_masked) if _is_masked(node)]
+    masked = [node for node in jtu.tree_leaves(params, is_leaf=is_masked) if is_masked(node)]
     if masked:
         raise ValueError(
             f"`track_curvature` needs all parameters, but {len(masked)} of them are masked, as in `optax.masked` or "
@@ -176,16 +177,12 @@ def _needs_all(params: PyTree) -> None:
         )
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-
 def _needs_state_of(state: Any, params: PyTree, k: int) -> None:
     """Raises ValueError unless `state` is what `init` makes for these parameters."""
     if not isinstance(state, CurvatureState):
         raise ValueError(f"`track_curvature` needs the state that its `init` made, got {type(state).__name__}.")
     structure = structure_of(params)
-    tracked = jtu.tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.eigenvectors)
+    tracked = row_structure(state.eigenvectors)
     if tracked != structure or state.eigenvalues.shape != (k,):
         raise ValueError(
             f"`track_curvature` needs the state that its `init` made for these parameters, {k} pairs on {structure}, "
