@@ -134,8 +134,9 @@ class Model(eqx.Module):
         loss: Any = None,
         gradient: PyTree | None = None,
         rtol: float | None = None,
+        batch_size: Any = None,
     ) -> None:
-        """Compares this model with what another framework computed for it.
+        """Compares this model with what another framework computed for it, or with itself in slices.
 
         Differences are relative to the largest magnitude of the expected array, leaf by leaf; but where that is below
         the rounding of the terms that it was summed from, as at an optimum, to those.
@@ -146,14 +147,21 @@ class Model(eqx.Module):
             gradient: expected gradient, with the structure of `params`.
             rtol: tolerance; by default 1e-8, 1e-4 where the model or the expectation is in float32, and 5e-2 where it
                 is in half precision.
+            batch_size: compare the outputs on slices of that many examples with those on all: they differ where a
+                `batched` forward lets an example see the others, as by batch statistics, and then neither slices nor
+                `forward_one` give this model's curvature.
 
         Raises:
             ValueError: a difference exceeds the tolerance, or a value is not finite. The message gives the largest
                 difference, its place and the tolerance, and the usual causes. Also raised when nothing is given to
-                compare with, or its structure differs.
+                compare with, its structure differs, or `batch_size` is below 1.
+            TypeError: `batch_size` is no integer.
         """
-        if outputs is None and loss is None and gradient is None:
-            raise ValueError("`verify` needs something to compare with: `outputs`, `loss` or `gradient`.")
+        size = as_batch_size(batch_size, "Model.verify")
+        if outputs is None and loss is None and gradient is None and size is None:
+            raise ValueError(
+                "`verify` needs something to compare with: `outputs`, `loss` or `gradient`; or a `batch_size`."
+            )
         given = {
             "outputs": _join_lists(outputs, "outputs"),
             "loss": loss,
@@ -163,7 +171,10 @@ class Model(eqx.Module):
         tolerance = tolerance_in(dtype) if rtol is None else rtol
         if not all(np.all(np.isfinite(np.asarray(leaf, np.float64))) for leaf in jtu.tree_leaves(given)):
             raise ValueError("`verify` compares finite numbers, but what was expected holds nan or inf.")
-        wrong = [str(found) for found in differences(self, **given, dtype=dtype) if not found.relative <= tolerance]
+        found = [*differences(self, **given, dtype=dtype)]
+        if size is not None:
+            found.append(difference("outputs in slices", self._outputs_in_slices(size), self.outputs(), 0.0, dtype))
+        wrong = [str(each) for each in found if not each.relative <= tolerance]
         if wrong:
             raise ValueError(
                 f"The model disagrees with what was expected. Largest relative differences above the tolerance "
@@ -171,6 +182,13 @@ class Model(eqx.Module):
                 "statistics), a sum for a mean in the loss, another dtype, transposed weights, another order of the "
                 "examples."
             )
+
+    def _outputs_in_slices(self, size: int) -> PyTree[Array]:
+        starts = range(0, self.num_examples, size)
+        slices = [jtu.tree_map(lambda leaf, at=at: leaf[at : at + size], self.data[0]) for at in starts]
+        with full_precision():
+            parts = [outputs_of(self.forward, self.params, part, self.batched) for part in slices]
+        return jtu.tree_map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def differences(

@@ -9,10 +9,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
@@ -65,6 +67,13 @@ def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str
         return jnp.asarray(leaf, dtype=spec.dtype)
 
     return jtu.tree_map_with_path(cast, structure, vector)
+
+
+def is_known(value: Any) -> bool:
+    """Whether `value` is an array whose numbers can be looked at: not traced, a placeholder, donated or elsewhere."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        return value.is_fully_addressable and not value.is_deleted()
+    return eqx.is_array_like(value) and not isinstance(value, Tracer)
 
 
 def size_of(structure: PyTree) -> int:

@@ -89,6 +89,21 @@ def test_verify_accepts_itself_and_names_the_largest_difference():
         model.verify()
 
 
+def test_verify_finds_examples_that_see_each_other():
+    def coupled(params, x):
+        outputs = jax.vmap(linear, (None, 0))(params, x)
+        return outputs - outputs.mean(0)
+
+    hj.Model(PARAMS, DATA, linear, squared).verify(batch_size=2)
+    hj.Model(PARAMS, DATA, jax.vmap(linear, (None, 0)), squared, batched=True).verify(batch_size=1)
+    model = hj.Model(PARAMS, DATA, coupled, squared, batched=True)
+    model.verify(batch_size=100)
+    with pytest.raises(ValueError, match="outputs in slices"):
+        model.verify(batch_size=2)
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        model.verify(batch_size=0)
+
+
 def test_bad_data_is_refused():
     with pytest.raises(ValueError, match=r"'\[0\]': 3|3.*2"):
         hj.Model(PARAMS, (DATA[0], DATA[1][:2]), linear, squared)

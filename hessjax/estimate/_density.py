@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import or_one, usual_promotion
+from hessjax._vectors import is_known, or_one, usual_promotion
 from hessjax.estimate._door import elementwise
 from hessjax.estimate._measure import gaussian, invert, mass_up_to, smoothed
 from hessjax.estimate._result import Estimate, average, scaled, spread
@@ -46,6 +46,16 @@ class Density(eqx.Module):
     above: Float[Array, "num_probes num_steps"]
     size: int = eqx.field(static=True)
     num_matvecs: Int[Array, ""]
+
+    def __repr__(self) -> str:
+        if not all(map(is_known, (self.nodes, self.weights, self.num_matvecs))) or self.nodes.ndim != 2:
+            return eqx.tree_pformat(self)
+        (probes, steps), seen = self.nodes.shape, np.asarray(self.nodes)[np.asarray(self.weights) != 0]
+        reach = f"from {seen.min():.4g} to {seen.max():.4g}" if seen.size else "none"
+        return (
+            f"Density({self.size} eigenvalues, {probes} probes of {steps} nodes {reach}, "
+            f"{int(self.num_matvecs)} products)"
+        )
 
     def pdf(self, grid: Any, sigma: Any = None) -> Estimate:
         """The density on `grid`, smoothed by a normal distribution.

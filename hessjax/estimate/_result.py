@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import or_one
+from hessjax._vectors import is_known, or_one
 
 
 class Estimate(eqx.Module):
@@ -35,7 +34,7 @@ class Estimate(eqx.Module):
 
     def __repr__(self) -> str:
         parts = (self.value, self.stderr, self.num_matvecs)
-        if any(isinstance(part, Tracer) or not eqx.is_array_like(part) or np.ndim(part) for part in parts):
+        if not all(is_known(part) and np.ndim(part) == 0 for part in parts):
             return eqx.tree_pformat(self)
         value, error, count = float(self.value), float(self.stderr), int(self.num_matvecs)
         return f"{type(self).__name__}({value:.6g} ± {error:.2g}, {count} products)"

@@ -53,7 +53,9 @@ def trace_of(
     Returns:
         A scalar estimate. Its standard error joins, as the root of squares, the spread over the probes and the change
         of the value between half of the steps and all of them: the second stands for the quadrature error. It
-        is infinite if there is a single probe. Differentiable once with respect to the operator's arrays.
+        is infinite if there is a single probe. With p probes 2 standard errors are exceeded about as often as by a
+        Student variable with p - 1 degrees of freedom: by 7% for 10, 30% for 2. Differentiable once with respect to the
+        operator's arrays.
 
     Raises:
         ValueError: a number is below 1, `num_steps` is above `num_matvecs`, or `f` is not elementwise.

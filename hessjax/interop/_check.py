@@ -23,16 +23,21 @@ from jaxtyping import PyTree
 
 from hessjax._vectors import as_vector, structure_of
 from hessjax.operators import hvp
+from hessjax.operators._slices import as_batch_size
 
 _STEPS = 10.0 ** -np.arange(1, 9)  # relative to the parameters' size; the two that agree best are believed
 _EPS = float(np.finfo(np.float64).eps)
 _LOW = "Central differences of the gradient do not settle where the loss computes in {}, so no product can be checked."
+_CAUSES = "a `stop_gradient`, a custom derivative, or a framework's own bug"
+_SLICED = "a loss that is no mean over the examples, so that `batch_size` must not slice it, "
 _GOLDEN = (5**0.5 - 1) / 2
 
 Flat = np.ndarray
 
 
-def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = None, rtol: Any = None) -> float:
+def check_hvp(
+    loss: Callable[..., Any], params: Any, *args: Any, vector: Any = None, rtol: Any = None, batch_size: Any = None
+) -> float:
     """Compares one product ∇²L(θ) v with (∇L(θ + hv) - ∇L(θ - hv)) / 2h.
 
     For a JAX loss everything runs in float64, whatever the dtype of `params`; h is chosen where differences at
@@ -49,6 +54,9 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
             spread evenly over [-1, 1].
         rtol: tolerance relative to the largest entry of the product: by default 1e-5, or ten times the uncertainty of
             the differences where that is larger.
+        batch_size: as in `hj.hvp`: the product is summed over slices of `args`, the differences are those of the whole
+            loss. They disagree where the loss is no mean over the examples (class weights that are normalised by their
+            sum, batch statistics, a regularizer in a sum). Not for a module.
 
     Returns:
         The largest difference, relative to the largest entry of the difference quotient.
@@ -56,7 +64,8 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
     Raises:
         ValueError: the difference exceeds the tolerance. The message names the worst leaf. Also when the differences
             do not settle at any step, because the loss jumps or is random, and where it computes in less than float32
-            (a JAX loss that casts to bfloat16 inside). And when `vector` does not fit a module's parameters.
+            (a JAX loss that casts to bfloat16 inside). And when `vector` does not fit a module's parameters, or
+            `batch_size` is below 1 or comes with a module.
         TypeError: a parameter is not a floating-point array.
 
     Example:
@@ -70,8 +79,10 @@ def check_hvp(loss: Callable[..., Any], params: Any, *args: Any, vector: Any = N
     """
     torch = sys.modules.get("torch")
     is_module = torch is not None and isinstance(params, torch.nn.Module)
-    make = _of_torch if is_module else _of_jax
-    with make(loss, params, args, vector) as checked:
+    if batch_size is not None and is_module:
+        raise ValueError("`batch_size` is for losses in JAX, got one with a `torch.nn.Module`.")
+    size = as_batch_size(batch_size, "check_hvp")
+    with _of_torch(loss, params, args, vector) if is_module else _of_jax(loss, params, args, vector, size) as checked:
         return _compare(checked, rtol)
 
 
@@ -85,6 +96,7 @@ class _Checked:
         gradient: θ ↦ ∇L(θ).
         product: θ, v ↦ ∇²L(θ) v.
         shapes: of every parameter by its name, in order.
+        sliced: the product is a sum over slices of the data.
     """
 
     theta: Flat
@@ -92,6 +104,7 @@ class _Checked:
     gradient: Callable[[Flat], Flat]
     product: Callable[[Flat, Flat], Flat]
     shapes: dict[str, tuple[int, ...]]
+    sliced: bool = False
 
     def name_of(self, index: int) -> str:
         for name, shape in self.shapes.items():
@@ -103,7 +116,9 @@ class _Checked:
 
 
 @contextlib.contextmanager
-def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vector: PyTree | None) -> Any:
+def _of_jax(
+    loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vector: PyTree | None, batch_size: int | None
+) -> Any:
     narrow = structure_of(params)
     with jax.enable_x64(True):
         wide = jtu.tree_map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float64), narrow)
@@ -112,7 +127,7 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
         # A small model in float32 has data in float32, which must not decide where the sums are rounded.
         args = jtu.tree_map(_widen, args)
         gradient = eqx.filter_jit(lambda p, a: jax.grad(lambda p: loss(p, *a))(p))
-        multiply = eqx.filter_jit(lambda p, a, t: hvp(loss)(p, *a).product(t))
+        multiply = eqx.filter_jit(lambda p, a, t: hvp(loss, batch_size=batch_size)(p, *a).product(t))
 
         def unflatten(flat: Flat) -> PyTree:
             return jtu.tree_map(jnp.asarray, treedef.unflatten(_split(flat, shapes)))
@@ -127,6 +142,7 @@ def _of_jax(loss: Callable[..., Any], params: PyTree, args: tuple[Any, ...], vec
             lambda flat: _join(jtu.tree_leaves(gradient(unflatten(flat), args))),
             lambda flat, v: _join(jtu.tree_leaves(multiply(unflatten(flat), args, unflatten(v)))),
             shapes,
+            batch_size is not None,
         )
 
 
@@ -225,8 +241,7 @@ def _compare(checked: _Checked, rtol: Any) -> float:
         raise ValueError(
             f"The Hessian-vector product differs from a central difference of the gradient by {largest:.3g} at "
             f"{checked.name_of(at)}: got {ours[at]:.9g}, expected {quotient[at]:.9g}, tolerance {tolerance:.3g}. "
-            "The second derivative is wrong there: look for a `stop_gradient`, a custom derivative, or a framework's "
-            "own bug."
+            f"The second derivative is wrong there: look for {_CAUSES if not checked.sliced else _SLICED + _CAUSES}."
         )
     return largest / scale
 

@@ -78,7 +78,11 @@ def from_equinox(
 
     source = call if batched else mapped(call)
     forward = _Forward(static, state, kwargs)
-    return port("equinox", params, data, forward, loss, batched=batched, verify=verify, call=source)
+    try:
+        return port("equinox", params, data, forward, loss, batched=batched, verify=verify, call=source)
+    except TypeError as error:
+        error.add_note(f"The module was called on {'a batch' if batched else 'one example'}: `batched={batched}`.")
+        raise
 
 
 def _spec(trainable: Any, params: PyTree) -> PyTree:

@@ -4,16 +4,15 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import or_one
+from hessjax._vectors import is_known, or_one
 
 
 class Eigenpairs(eqx.Module):
     """k eigenpairs of a symmetric operator, with what is known of their errors.
 
-    Under `jax.vmap` every array has the batch's axes in front; what is read from them has them too. `print` shows
+    Under `jax.vmap` every array has the batch's axes in front; what is read from them has them too. Printed, it shows
     eigenvalues, residuals and what converged.
 
     Attributes:
@@ -72,14 +71,15 @@ class Eigenpairs(eqx.Module):
         """
         return jnp.where(self.isolation > self.residuals, jnp.arcsin(self._sines()), jnp.pi / 2)
 
-    def __str__(self) -> str:
-        shown = (self.eigenvalues, self.residuals, self.converged, self.num_matvecs)
-        if any(isinstance(part, Tracer) or not eqx.is_array(part) for part in shown) or self.eigenvalues.ndim != 1:
-            return repr(self)
+    def __repr__(self) -> str:
+        shown = (self.eigenvalues, self.residuals, self.converged, self.noise, self.num_matvecs)
+        if not all(map(is_known, shown)) or self.eigenvalues.ndim != 1:
+            return eqx.tree_pformat(self)
         values, residuals, converged = (np.asarray(part).tolist() for part in shown[:3])
         lines = [f"{sum(converged)} of {len(values)} eigenpairs converged, {int(self.num_matvecs)} products"]
         for value, residual, good in zip(values, residuals, converged, strict=True):
-            lines.append(f"{value:14.7g}  residual {residual:.1e}{'' if good else '  not converged'}")
+            floor = ", at the product's noise" if residual <= 4 * float(self.noise) else ""
+            lines.append(f"{value:14.7g}  residual {residual:.1e}{'' if good else f'  not converged{floor}'}")
         return "\n".join(lines)
 
     def _sines(self) -> Float[Array, "*batch k"]:

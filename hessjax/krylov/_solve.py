@@ -13,7 +13,18 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import as_vector, divide, epsilon, inner, norm, or_one, scalar_dtype, subtract, usual_promotion
+from hessjax._vectors import (
+    as_vector,
+    divide,
+    epsilon,
+    inner,
+    is_known,
+    norm,
+    or_one,
+    scalar_dtype,
+    subtract,
+    usual_promotion,
+)
 from hessjax.operators._operator import Operator, as_operator, multiply
 
 
@@ -33,6 +44,13 @@ class Solution(eqx.Module):
     residual: Float[Array, ""]
     converged: Bool[Array, ""]
     curvature: Float[Array, ""]
+
+    def __repr__(self) -> str:
+        parts = (self.residual, self.converged, self.curvature)
+        if not all(is_known(part) and jnp.ndim(part) == 0 for part in parts):
+            return eqx.tree_pformat(self)
+        outcome = "converged" if self.converged else "not converged"
+        return f"Solution({outcome}, residual {float(self.residual):.2g}, curvature {float(self.curvature):.4g})"
 
 
 def solve(

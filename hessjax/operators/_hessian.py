@@ -34,7 +34,8 @@ def hvp(loss: Callable[..., Scalar], *, batch_size: Any = None) -> Callable[...,
             was changed in place, such as an array or an entry of a list or a dict.
         batch_size: None for one product over all of `args`. Otherwise `loss` must be a mean over the leading axis of
             `args`, and a product sums over slices of that many examples, weighted by their count, in a loop inside the
-            program: memory for one slice. A remainder is its own slice. Arrays without axes are passed whole.
+            program: memory for one slice. A remainder is its own slice. Arrays without axes are passed whole. Any
+            other loss gives another matrix, without a word: `hj.check_hvp(..., batch_size=)` tells.
 
     Returns:
         A function of `(params, *args)`. Its product raises ValueError when the loss is not a scalar.

@@ -264,7 +264,10 @@ def as_operator(op: Any, like: PyTree | None) -> Operator:
         return _Foreign(op)
     if callable(op):
         if like is None:
-            raise TypeError("A plain function needs `like=`, a pytree shaped as its vectors.")
+            raise TypeError(
+                "A plain function needs `like=`, a pytree shaped as its vectors. A transform such as `hj.hvp(loss)` is "
+                "no operator yet: call it with the parameters, `hj.hvp(loss)(params, *args)`."
+            )
         return operator(op, like)
     raise TypeError(
         f"Needs an `hj.Operator`, a function with `like=`, or a lineax operator, got {type(op).__name__}. "

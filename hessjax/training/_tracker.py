@@ -148,10 +148,11 @@ def track_curvature(
                 "`track_curvature` measures at the parameters, got `params=None`. Call "
                 "`update(updates, state, params, batch=...)`."
             )
-        if not isinstance(batch, tuple):
+        if not isinstance(batch, tuple | list):
             raise ValueError(
                 "`track_curvature` needs `batch=`, a tuple of the loss's arguments after the parameters, such as "
-                f"`batch=(x, y)`, or `batch=()` if there are none. Got {type(batch).__name__}."
+                f"`batch=(x, y)`, or `batch=()` if there are none. Got {type(batch).__name__}. Is it handed on by what "
+                "calls `update`? Flax's `TrainState.apply_gradients` does not: call `state.tx.update` itself."
             )
         if settings.preconditioner is not None and opt_state is None:
             raise ValueError(
@@ -160,7 +161,8 @@ def track_curvature(
         _needs_all(params)
         _needs_state_of(state, params, settings.k)
         vectors = jtu.tree_map(jnp.asarray, (params, updates, grad))
-        given = Measured(vectors[0], batch, opt_state if settings.preconditioner is not None else None, *vectors[1:])
+        read = opt_state if settings.preconditioner is not None else None
+        given = Measured(vectors[0], tuple(batch), read, *vectors[1:])
         given = jtu.tree_map(lambda x: lax.stop_gradient(x) if eqx.is_array(x) else x, given)
         return updates, _follow(settings, state, given)
 

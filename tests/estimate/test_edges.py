@@ -185,6 +185,12 @@ def test_estimates_print_with_their_errors(key):
     jax.jit(lambda key: shown.append(repr(hj.trace(op, 10, key))))(key)
     jax.vmap(lambda key: shown.append(repr(hj.trace(op, 10, key))))(jax.random.split(key, 2))
     assert all("value=f32[]" in text for text in shown)
+    shift = op.shift(1.0)
+    assert repr(hj.spectral_density(shift, key, num_probes=2, num_steps=60)) == (
+        "Density(60 eigenvalues, 2 probes of 60 nodes from 1 to 2, 120 products)"
+    )
+    assert repr(hj.apply_function(jnp.exp, op, jnp.ones(60), 20)).endswith(", 20 products)")
+    assert repr(hj.solve(op, jnp.ones(60), damping=1.0)).startswith("Solution(converged, residual ")
 
 
 def test_points_and_widths_are_real_numbers(key):

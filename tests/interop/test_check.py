@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import hessjax as hj
@@ -81,3 +82,23 @@ def test_the_x64_flag_stays():
     hj.check_hvp(lambda w: jnp.sum(w**3), jnp.ones(2))
     assert jax.config.jax_enable_x64 == before
     assert jnp.ones(1).dtype == (jnp.float64 if before else jnp.float32)
+
+
+def test_slices_of_a_loss_that_is_no_mean_are_found():
+    x, y = jax.random.normal(jax.random.key(0), (30, 3)), jnp.arange(30) % 3
+    weights = jnp.array([1.0, 5.0, 20.0])
+
+    def mean(w, x, y):
+        return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, y))
+
+    def weighted(w, x, y):
+        each = optax.losses.softmax_cross_entropy_with_integer_labels(x @ w, y)
+        return jnp.sum(weights[y] * each) / jnp.sum(weights[y])
+
+    w = jax.random.normal(jax.random.key(1), (3, 3))
+    assert hj.check_hvp(mean, w, x, y, batch_size=7) < 1e-6
+    assert hj.check_hvp(weighted, w, x, y) < 1e-6
+    with pytest.raises(ValueError, match="no mean over the examples"):
+        hj.check_hvp(weighted, w, x, y, batch_size=7)
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        hj.check_hvp(mean, w, x, y, batch_size=0)

@@ -81,6 +81,9 @@ def test_chance_and_coupling_are_refused(key):
     weights = jax.random.normal(key, (4, 3))
     with pytest.raises(ValueError, match="depends on the others in the batch"):
         hj.from_equinox(eqx.Partial(coupled, weights), (X, Y), cross_entropy, batched=True)
+    with pytest.raises(TypeError) as caught:
+        hj.from_equinox(Net(key), (X, Y), cross_entropy, batched=True)
+    assert "called on a batch: `batched=True`" in "".join(caught.value.__notes__)
     with pytest.raises(TypeError, match="callable"):
         hj.from_equinox(3, (X, Y), cross_entropy)
     with pytest.raises(ValueError, match="no floating-point parameters"):

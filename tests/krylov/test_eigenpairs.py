@@ -156,3 +156,19 @@ def test_pairs_print_as_a_table(key):
     assert str(short).count("not converged") == int(np.sum(~np.asarray(short.converged)))
     batch = jax.vmap(lambda key: hj.eigsh(op, 2, key, which="LA", tol=1e-2))(jax.random.split(key, 2))
     assert str(batch) == repr(batch)
+    assert "f32[2,2]" in repr(batch)
+    skew = 1e-4 * np.random.default_rng(0).standard_normal((300, 300)).astype(np.float32)
+    never = hj.eigsh(lambda v: jnp.linspace(0.0, 1.0, 300) * v + skew @ v, 1, key, tol=1e-6, like=jnp.zeros(300))
+    assert repr(never).endswith("not converged, at the product's noise")
+    jax.jit(lambda pairs: pairs, donate_argnums=0)(never)
+    assert "f32[1]" in repr(never)
+    shown = []
+    jax.jit(lambda pairs: shown.append(repr(pairs)))(pairs)
+    assert "f32[2]" in shown[0]
+
+
+def test_a_forgotten_call_and_a_key_out_of_place_are_named(key):
+    with pytest.raises(TypeError, match=r"hvp\(loss\)\(params"):
+        hj.eigsh(hj.hvp(jnp.sum), 2, key)
+    with pytest.raises(TypeError, match="`key` should be"):
+        hj.eigsh(lambda v: v, key, 2, like=jnp.zeros(3))
