@@ -153,12 +153,16 @@ def or_one(x: Array) -> Array:
     return jnp.where(x > 0, x, 1)
 
 
-def norm(x: PyTree) -> Scalar:
-    """‖x‖₂, safe from overflow and underflow at any scale of x."""
+def norm(x: PyTree, size: Scalar | None = None) -> Scalar:
+    """‖x‖₂, safe from overflow and underflow at any scale of x.
+
+    Where a `size` is known that x does not exceed by far, and below whose rounding x does not matter, x is read once.
+    """
     dtype = scalar_dtype(x)
-    peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jtu.tree_leaves(x)]
-    peak = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
-    unit = or_one(peak)
+    if size is None:
+        peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jtu.tree_leaves(x)]
+        size = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
+    unit = or_one(size)
     squares = [jnp.sum(jnp.square(leaf.astype(dtype) / unit)) for leaf in jtu.tree_leaves(x)]
     return unit * jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 

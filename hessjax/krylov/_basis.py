@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype, select
+from hessjax.krylov._branch import better_computed
 
 _SMALLEST_BLOCK = 16  # rows; the others are multiples of it, except the last
 _GROWTH = 2.25  # of a block over the one before: more blocks read fewer empty rows, but each is compiled
@@ -103,7 +104,13 @@ class Basis(eqx.Module):
                 jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
             )
 
-        return lax.switch(which, [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)])
+        readers = [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)]
+        if better_computed(self.width * len(readers)):
+            vector = readers[0]()
+            for i in range(1, len(readers)):
+                vector = select(jnp.greater_equal(which, i), readers[i](), vector)
+            return vector
+        return lax.switch(which, readers)
 
     def set_row(self, index: Int[Array, ""], vector: PyTree) -> "Basis":
         """The basis with `vector` in row `index`; out of range changes nothing."""
@@ -170,7 +177,11 @@ class Basis(eqx.Module):
         coefficients, start = [], 0
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             here = slice(start, start + rows)
-            part, vector = lax.cond(jnp.any(read[here]), visit, skip, block, vector, remove[here], add[here])
+            given = (block, vector, remove[here], add[here])
+            if better_computed(rows * self.width):
+                part, vector = visit(*given)
+            else:
+                part, vector = lax.cond(jnp.any(read[here]), visit, skip, *given)
             coefficients.append(jnp.where(read[here], part, 0))
             start += rows
         return jnp.concatenate(coefficients), vector
@@ -181,30 +192,34 @@ class Basis(eqx.Module):
         read: Bool[Array, " num_rows"],
         remove: Bool[Array, " num_rows"],
         add: Float[Array, " num_rows"] | None = None,
+        size: Scalar | None = None,
     ) -> tuple[Float[Array, " num_rows"], PyTree, Scalar]:
-        """`project` to working precision, and the norm of what is left.
+        """`project` to working precision, and the norm of what is left; `size` is about ‖x‖, if that is known.
 
         A second pass runs only after cancellation, when the first one shrank the vector by more than 1/√2: twice is
         enough (Parlett, The Symmetric Eigenvalue Problem, section 6.9). What two passes shrink to rounding noise comes
         back as norm 0, so that noise is never normalised into a basis vector.
         """
-        before = norm(vector)
+        before = norm(vector, size)
         nothing = jnp.zeros(remove.shape, before.dtype)
         start = (nothing, vector, before, jnp.zeros_like(before))
         extra = nothing if add is None else add
 
-        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
+        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array | bool) -> tuple[Any, None]:
             coefficients, vector, left, _ = carry
             change, vector = self.project(vector, read, remove, jnp.where(first, extra, 0))
             coefficients = coefficients + jnp.where(first | remove, change, 0)
-            return (coefficients, vector, norm(vector), left), None
+            return (coefficients, vector, norm(vector, before), left), None
 
         def maybe(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
             cancelled = carry[2] < before / math.sqrt(2)
             return lax.cond(first | cancelled, sweep, lambda carry, _: (carry, None), carry, first)
 
-        # Two turns of a loop rather than two calls: the pass is compiled once.
-        (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
+        if better_computed(sum(self.sizes) * self.width):
+            coefficients, vector, left, earlier = sweep(sweep(start, True)[0], False)[0]
+        else:
+            # Two turns of a loop rather than two calls: the pass is compiled once.
+            (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
         # A vector inside the span: what the second pass leaves is noise of both.
         noise = (left < 0.5 * earlier) & (left < 64 * epsilon(vector) * before)
         return coefficients, vector, jnp.where(noise, 0, left)
@@ -261,13 +276,15 @@ class Basis(eqx.Module):
         Works on a few columns at a time in a loop that runs zero times when there is nothing to do, so that it needs
         no second basis and no branch that would copy this one. Its scratch memory is that of two vectors.
         """
-        leaves = [jtu.tree_leaves(block) for block in self.blocks]
         treedef = jtu.tree_structure(self.blocks[0])
         chunk = min(max(self.width // transform.shape[0], 64), _CHUNK)
-        columns = [
-            _rotate_leaf(list(parts), transform, when, chunk, self.storage) for parts in zip(*leaves, strict=True)
-        ]
-        return Basis(tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True)), self.dtypes, self.storage)
+
+        def turn(_: Array, blocks: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
+            leaves = zip(*(jtu.tree_leaves(block) for block in blocks), strict=True)
+            columns = [_rotate_leaf(list(parts), transform, chunk, self.storage) for parts in leaves]
+            return tuple(treedef.unflatten(parts) for parts in zip(*columns, strict=True))
+
+        return Basis(lax.fori_loop(0, when.astype(jnp.int32), turn, self.blocks), self.dtypes, self.storage)
 
     def _open(self, rows: PyTree) -> PyTree:
         """Kept rows in the vectors' own dtypes."""
@@ -300,7 +317,7 @@ def _in_parts(tree: PyTree) -> PyTree:
     return jtu.tree_map(lambda rows: rows.reshape(-1, _SMALLEST_BLOCK, *rows.shape[1:]), tree)
 
 
-def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int, storage: str | None) -> list[Array]:
+def _rotate_leaf(parts: list[Array], transform: Array, chunk: int, storage: str | None) -> list[Array]:
     """Rotates one leaf of every block, chunk by chunk along its flattened columns."""
     shapes = [part.shape for part in parts]
     width = math.prod(shapes[0][1:])
@@ -319,7 +336,7 @@ def _rotate_leaf(parts: list[Array], transform: Array, when: Array, chunk: int, 
 
     whole, rest = divmod(width, chunk)
     if whole:
-        flat = lax.fori_loop(0, jnp.where(when, whole, 0), lambda i, p: rotated(p, i * chunk, chunk), flat)
+        flat = lax.fori_loop(0, whole, lambda i, p: rotated(p, i * chunk, chunk), flat)
     if rest:
-        flat = lax.fori_loop(0, when.astype(jnp.int32), lambda _, p: rotated(p, whole * chunk, rest), flat)
+        flat = rotated(flat, whole * chunk, rest)
     return [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]

@@ -141,22 +141,21 @@ class Probe(eqx.Module):
         weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _off_zero(distance), 0)
         return jnp.where(self.active, matmul(ritz.couplings, weights), 0)
 
-    def recur(
-        self, z: PyTree, image: PyTree, lift: Float[Array, " rows"], when: Bool[Array, ""]
-    ) -> tuple[Scalar, PyTree]:
-        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1); zero and the image as it is unless `when` holds.
+    def recur(self, z: PyTree, image: PyTree, lift: Float[Array, " rows"]) -> tuple[Scalar, PyTree]:
+        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1); zero and the image as it is while no run is under way.
 
         These terms go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as
         rounding allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
         """
-        alpha = jnp.where(when, inner(z, image) + matmul(self.overlap, lift), 0)
-        beta = jnp.where(when, self.beta, 0)
+        alpha = jnp.where(self.active, inner(z, image) + matmul(self.overlap, lift), 0)
+        beta = jnp.where(self.active, self.beta, 0)
         return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - beta * y).astype(w.dtype), image, z, self.last)
 
     def advance(
         self,
         z: PyTree,
         image: PyTree,
+        size: Scalar,
         overlap: Float[Array, " rows"],
         thresholds: Float[Array, " 2"],
         limit: Scalar,
@@ -168,6 +167,7 @@ class Probe(eqx.Module):
         Args:
             z: z_j.
             image: S z_j less quotient · z_j and β z_(j-1).
+            size: the norm of A z_j.
             overlap: Fᵀ of the image.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
@@ -181,7 +181,7 @@ class Probe(eqx.Module):
         rest = inner(z, image)
         alpha = quotient + rest
         image = subtract(image, rest, z)
-        beta = norm(image)
+        beta = norm(image, size)
         # Below the rounding of this very subtraction the run has closed: its space holds no further eigenvalue that z
         # sees. The rounding of a product with A may be far larger, and so may an eigenvalue of S that hides in it.
         beta = jnp.where(beta <= 8 * eps * jnp.hypot(alpha, self.beta), 0, beta)

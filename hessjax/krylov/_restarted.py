@@ -26,6 +26,8 @@ Invariants at the head of the loop:
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -36,21 +38,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import divide, draw, epsilon, matmul, norm, or_one, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
+from hessjax.krylov._branch import better_computed, either
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
 from hessjax.krylov._state import BROKEN, CERTIFIED, EXHAUSTED, RUNNING, Plan, State
 from hessjax.operators._operator import Operator
 
-IMAGE, PROBE, ROW, DONE = range(4)
-
-
-class Turn(eqx.Module):
-    """Within a step: a vector on its way into the basis. Phases are IMAGE, PROBE, ROW and DONE."""
-
-    basis: Basis
-    state: State
-    incoming: PyTree
-    phase: Int[Array, ""]
+T = TypeVar("T")
+NOTHING, PROBE, ROW = range(3)  # what a new direction is for: to begin a probe, or to be a frontier row
 
 
 class Iteration(eqx.Module):
@@ -154,33 +149,43 @@ class Iteration(eqx.Module):
 
     def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""
-        turn = Turn(basis, state, self.op.product(state.vector), jnp.asarray(IMAGE))
-        turn = lax.while_loop(lambda turn: turn.phase != DONE, lambda turn: self._absorb(turn), turn)
-        basis, state = self._aim(*self._restart(turn.basis, turn.state))
-        vector = lax.cond(state.probe.active, lambda: turn.incoming, lambda: basis.row(state.target))
-        return basis, dataclasses.replace(state, vector=vector)
+        basis, state, direction, use = self._absorb(basis, state, self.op.product(state.vector))
+        taken = (basis, state, direction)
+        if better_computed(self.op.size):
+            basis, state, direction = self._take(use, *taken)
+        else:
+            # A loop of one turn or none, as in `Basis.rotate`.
+            needed = (use != NOTHING).astype(jnp.int32)
+            basis, state, direction = lax.fori_loop(0, needed, lambda _, taken: self._take(use, *taken), taken)
+        basis, state = self._aim(*self._restart(basis, state))
+        following = self._either(state.probe.active, lambda: direction, lambda: basis.row(state.target))
+        return basis, dataclasses.replace(state, vector=following)
 
-    def _absorb(self, turn: Turn) -> Turn:
-        """Orthogonalizes what comes in, the product's image or a new direction, and decides what it means."""
-        state, image = turn.state, turn.phase == IMAGE
-        probing = jnp.where(image, state.probe.active, turn.phase == PROBE)
-        nothing = jnp.zeros_like(state.probe.overlap)
-        lift = lax.cond(image & state.probe.active, lambda: state.probe.lift(state.ritz), lambda: nothing)
+    def _either(self, when: Bool[Array, ""], true: Callable[[], T], false: Callable[[], T]) -> T:
+        """A branch whose sides pass a few times over a vector, and over the small matrices."""
+        return either(when, true, false, entries=10 * self.op.size)
+
+    def _absorb(self, basis: Basis, state: State, image: PyTree) -> tuple[Basis, State, PyTree, Int[Array, ""]]:
+        """Orthogonalizes a product's image, and decides what it means.
+
+        Returns:
+            The basis and the state, the direction to orthogonalize next, and what for. If for nothing, it is the
+            probe's next vector.
+        """
+        probing = state.probe.active
+        lift = self._either(probing, lambda: state.probe.lift(state.ritz), lambda: jnp.zeros_like(state.probe.overlap))
         remove = jnp.where(probing, state.expanded, state.live)
-        own, incoming = state.probe.recur(state.vector, turn.incoming, lift, image & state.probe.active)
-        coefficients, rest, left = turn.basis.orthogonalize(incoming, state.live, remove, lift)
+        own, incoming = state.probe.recur(state.vector, image, lift)
+        size = norm(image)
+        coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
         unit = divide(rest, left)
-        state, row, incoming, phase = lax.cond(
-            image,
-            lambda: self._after_product(state, turn.incoming, own, coefficients, lift, rest, left, unit),
-            lambda: self._after_direction(state, turn.phase, coefficients, left, unit),
-        )
-        return Turn(turn.basis.set_row(row, unit), state, incoming, phase)
+        state, row, direction, use = self._after_product(state, size, own, coefficients, lift, rest, left, unit)
+        return basis.set_row(row, unit), state, direction, use
 
     def _after_product(
         self,
         state: State,
-        image: PyTree,
+        size: Scalar,
         quotient: Scalar,
         coefficients: Array,
         lift: Array,
@@ -188,8 +193,7 @@ class Iteration(eqx.Module):
         left: Scalar,
         unit: PyTree,
     ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
-        """The state after a product, the row for its remainder, and the direction to orthogonalize next, if any."""
-        size = norm(image)
+        """The state after a product, the row for its remainder, the direction to orthogonalize next, and its use."""
         finite = jnp.isfinite(size)
         probing = state.probe.active & finite
         expanding = ~state.probe.active & finite & state.live[state.target]
@@ -199,14 +203,16 @@ class Iteration(eqx.Module):
         limit = self.op.size / jnp.square(confidence(self.tol))
         settled, sufficient = self._settle(state, verdict, looked, limit)
         overlap = jnp.where(state.frontier, coefficients + lift, 0)
-        probe, z = lax.cond(
+        probe, z = self._either(
             probing,
-            lambda: state.probe.advance(state.vector, rest, overlap, verdict.thresholds, limit, quotient, self.eps),
+            lambda: state.probe.advance(
+                state.vector, rest, size, overlap, verdict.thresholds, limit, quotient, self.eps
+            ),
             lambda: (state.probe, unit),
         )
         state = dataclasses.replace(state, status=jnp.where(finite, state.status, BROKEN))
-        state, source, phase = self._decide(state, verdict, settled, sufficient, probe, z, probing)
-        return state, row, source, phase
+        state, source, use = self._decide(state, verdict, settled, sufficient, probe, z, probing)
+        return state, row, source, use
 
     def _expand(
         self, state: State, size: Scalar, coefficients: Array, left: Scalar, expanding: Bool[Array, ""]
@@ -245,7 +251,7 @@ class Iteration(eqx.Module):
         no = jnp.zeros((), bool)
         if self.plan.k > 1 or not self.plan.random_start:
             return settled, no
-        sufficient = lax.cond(
+        sufficient = self._either(
             settled & state.seeded,
             lambda: start_suffices(state.ritz, state.frontier, verdict.thresholds, limit),
             lambda: no,
@@ -266,7 +272,7 @@ class Iteration(eqx.Module):
 
         Returns:
             The state; the direction to orthogonalize, random for a probe or for a space that has closed, the suspect
-            after an alarm, the probe's own vector where it has grown too long; and the phase.
+            after an alarm, the probe's own vector where it has grown too long; and its use.
         """
         needed = jnp.isfinite(verdict.thresholds)
         complete = (jnp.sum(state.expanded) >= self.op.size) | sufficient
@@ -282,7 +288,7 @@ class Iteration(eqx.Module):
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
         unwanted = state.ritz.live.at[verdict.wanted].set(False)
         fresh = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
-        probe = lax.cond(begins, lambda: fresh.begin(state.ritz, unwanted, verdict.thresholds), lambda: ended)
+        probe = self._either(begins, lambda: fresh.begin(state.ritz, unwanted, verdict.thresholds), lambda: ended)
         state = dataclasses.replace(
             state,
             probe=probe,
@@ -290,13 +296,13 @@ class Iteration(eqx.Module):
             dig_until=jnp.where(tired, spent + jnp.maximum(spent // 2, self.plan.ncv), state.dig_until),
             status=jnp.maximum(state.status, ends),
         )
-        source = lax.cond(
+        source = self._either(
             begins | starved,
             lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
             lambda: select(alarm, suspect, z),
         )
         more = (begins | starved | alarm | kept) & (state.status != BROKEN)
-        return state, source, jnp.where(more, jnp.where(begins, PROBE, ROW), DONE)
+        return state, source, jnp.where(more, jnp.where(begins, PROBE, ROW), NOTHING)
 
     def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
         """Examines the Ritz pairs if it is time to, and says whether it did.
@@ -321,27 +327,31 @@ class Iteration(eqx.Module):
             dig_until=jnp.where(due & (frontier == 0), 0, state.dig_until),
         ), due
 
-    def _after_direction(
-        self, state: State, phase: Int[Array, ""], coefficients: Array, left: Scalar, unit: PyTree
-    ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
-        """A probe starts from the direction; otherwise it becomes a frontier row, to be expanded next."""
+    def _take(self, use: Int[Array, ""], basis: Basis, state: State, direction: PyTree) -> tuple[Basis, State, PyTree]:
+        """Orthogonalizes a direction, from which a probe starts or which becomes a frontier row, to be expanded next.
+
+        If it is for nothing, all stays as it is.
+        """
+        remove = jnp.where(use == PROBE, state.expanded, state.live)
+        coefficients, rest, left = basis.orthogonalize(direction, state.live, remove)
+        unit = divide(rest, left)
         overlap = jnp.where(state.frontier, coefficients, 0)
         probe = dataclasses.replace(state.probe, overlap=overlap / or_one(left))
         within = jnp.sum(jnp.square(overlap))
         # A suspect that lies mostly in the frontier asks for that row to be expanded, not for a new one.
         known = within > jnp.square(left)
-        inject = (phase == ROW) & ~known & (left > 0)
+        inject = (use == ROW) & ~known & (left > 0)
         target = jnp.where(known, jnp.argmax(jnp.abs(overlap)), state.count).astype(jnp.int32)
         state = dataclasses.replace(
             state,
-            probe=select(phase == PROBE, probe, state.probe),
+            probe=select(use == PROBE, probe, state.probe),
             count=state.count + inject,
-            seeded=state.seeded & (phase == PROBE),
-            target=jnp.where(phase == ROW, target, state.target),
-            status=jnp.where((phase == ROW) & ~known & ~inject, EXHAUSTED, state.status),
+            seeded=state.seeded & (use != ROW),
+            target=jnp.where(use == ROW, target, state.target),
+            status=jnp.where((use == ROW) & ~known & ~inject, EXHAUSTED, state.status),
         )
         row = jnp.where(inject, state.count - 1, state.expanded.size)
-        return state, row, unit, jnp.asarray(DONE)
+        return basis.set_row(row, unit), state, select(use == NOTHING, direction, unit)
 
     def _full(self, state: State) -> Bool[Array, ""]:
         """No room for another product."""
@@ -366,7 +376,7 @@ class Iteration(eqx.Module):
         spent = state.restarts + 1 >= self.plan.maxiter
         when = full & ~spent
         unchanged = jnp.zeros_like(state.projected)
-        state, transform = lax.cond(when, lambda: self._compress(state), lambda: (state, unchanged))
+        state, transform = self._either(when, lambda: self._compress(state), lambda: (state, unchanged))
         status = jnp.where(full & spent, EXHAUSTED, state.status)
         return basis.rotate(transform, when), dataclasses.replace(state, status=status)
 
