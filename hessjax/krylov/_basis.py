@@ -118,13 +118,20 @@ class Basis(eqx.Module):
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             local = jnp.clip(index - start, 0, rows - 1)
             inside = (index >= start) & (index < start + rows)
-            old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
-            new = select(inside, jtu.tree_map(lambda x: _kept(x, self.storage), vector), old)
-            blocks.append(
-                jtu.tree_map(lambda leaf, x, at=local: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
-            )
+            blocks.append(self._put(block, local, jtu.tree_map(lambda x: _kept(x, self.storage), vector), inside))
             start += rows
         return Basis(tuple(blocks), self.dtypes, self.storage)
+
+    def _put(self, block: PyTree, at: Int[Array, ""], vector: PyTree, when: Bool[Array, ""]) -> PyTree:
+        """The block with `vector` in its row `at`, in place, if `when` holds."""
+
+        def put(block: PyTree, vector: PyTree) -> PyTree:
+            return jtu.tree_map(lambda rows, x: lax.dynamic_update_index_in_dim(rows, x, at, 0), block, vector)
+
+        if better_computed(self.width):
+            old = jtu.tree_map(lambda rows: lax.dynamic_index_in_dim(rows, at, 0, False), block)
+            return put(block, select(when, vector, old))
+        return lax.fori_loop(0, when.astype(jnp.int32), lambda _, block: put(block, vector), block)
 
     def project(
         self,

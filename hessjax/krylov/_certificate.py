@@ -142,14 +142,13 @@ class Probe(eqx.Module):
         return jnp.where(self.active, matmul(ritz.couplings, weights), 0)
 
     def recur(self, z: PyTree, image: PyTree, lift: Float[Array, " rows"]) -> tuple[Scalar, PyTree]:
-        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1); zero and the image as it is while no run is under way.
+        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1).
 
         These terms go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as
         rounding allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
         """
-        alpha = jnp.where(self.active, inner(z, image) + matmul(self.overlap, lift), 0)
-        beta = jnp.where(self.active, self.beta, 0)
-        return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - beta * y).astype(w.dtype), image, z, self.last)
+        alpha = inner(z, image) + matmul(self.overlap, lift)
+        return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
 
     def advance(
         self,

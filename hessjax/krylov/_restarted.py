@@ -174,9 +174,11 @@ class Iteration(eqx.Module):
         """
         probing = state.probe.active
         lift = self._either(probing, lambda: state.probe.lift(state.ritz), lambda: jnp.zeros_like(state.probe.overlap))
-        remove = jnp.where(probing, state.expanded, state.live)
-        own, incoming = state.probe.recur(state.vector, image, lift)
         size = norm(image)
+        remove = jnp.where(probing, state.expanded, state.live)
+        own, incoming = self._either(
+            probing, lambda: state.probe.recur(state.vector, image, lift), lambda: (jnp.zeros_like(size), image)
+        )
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
         unit = divide(rest, left)
         state, row, direction, use = self._after_product(state, size, own, coefficients, lift, rest, left, unit)
