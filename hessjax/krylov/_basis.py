@@ -17,8 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype, select
-from hessjax.krylov._branch import better_computed
+from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype
 
 _SMALLEST_BLOCK = 16  # rows; the others are multiples of it, except the last
 _GROWTH = 2.25  # of a block over the one before: more blocks read fewer empty rows, but each is compiled
@@ -104,13 +103,7 @@ class Basis(eqx.Module):
                 jtu.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, index - start, 0, False), block)
             )
 
-        readers = [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)]
-        if better_computed(self.width * len(readers)):
-            vector = readers[0]()
-            for i in range(1, len(readers)):
-                vector = select(jnp.greater_equal(which, i), readers[i](), vector)
-            return vector
-        return lax.switch(which, readers)
+        return lax.switch(which, [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)])
 
     def set_row(self, index: Int[Array, ""], vector: PyTree) -> "Basis":
         """The basis with `vector` in row `index`; out of range changes nothing."""
@@ -118,20 +111,15 @@ class Basis(eqx.Module):
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             local = jnp.clip(index - start, 0, rows - 1)
             inside = (index >= start) & (index < start + rows)
-            blocks.append(self._put(block, local, jtu.tree_map(lambda x: _kept(x, self.storage), vector), inside))
+            new = jtu.tree_map(lambda x: _kept(x, self.storage), vector)
+
+            def put(_: Array, block: PyTree, new: PyTree = new, at: Array = local) -> PyTree:
+                return jtu.tree_map(lambda leaf, x: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
+
+            # A loop of one turn or none, as in `rotate`: else the old row would have to be read and written again.
+            blocks.append(lax.fori_loop(0, inside.astype(jnp.int32), put, block))
             start += rows
         return Basis(tuple(blocks), self.dtypes, self.storage)
-
-    def _put(self, block: PyTree, at: Int[Array, ""], vector: PyTree, when: Bool[Array, ""]) -> PyTree:
-        """The block with `vector` in its row `at`, in place, if `when` holds."""
-
-        def put(block: PyTree, vector: PyTree) -> PyTree:
-            return jtu.tree_map(lambda rows, x: lax.dynamic_update_index_in_dim(rows, x, at, 0), block, vector)
-
-        if better_computed(self.width):
-            old = jtu.tree_map(lambda rows: lax.dynamic_index_in_dim(rows, at, 0, False), block)
-            return put(block, select(when, vector, old))
-        return lax.fori_loop(0, when.astype(jnp.int32), lambda _, block: put(block, vector), block)
 
     def project(
         self,
@@ -184,11 +172,7 @@ class Basis(eqx.Module):
         coefficients, start = [], 0
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             here = slice(start, start + rows)
-            given = (block, vector, remove[here], add[here])
-            if better_computed(rows * self.width):
-                part, vector = visit(*given)
-            else:
-                part, vector = lax.cond(jnp.any(read[here]), visit, skip, *given)
+            part, vector = lax.cond(jnp.any(read[here]), visit, skip, block, vector, remove[here], add[here])
             coefficients.append(jnp.where(read[here], part, 0))
             start += rows
         return jnp.concatenate(coefficients), vector
@@ -212,7 +196,7 @@ class Basis(eqx.Module):
         start = (nothing, vector, before, jnp.zeros_like(before))
         extra = nothing if add is None else add
 
-        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array | bool) -> tuple[Any, None]:
+        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
             coefficients, vector, left, _ = carry
             change, vector = self.project(vector, read, remove, jnp.where(first, extra, 0))
             coefficients = coefficients + jnp.where(first | remove, change, 0)
@@ -222,11 +206,8 @@ class Basis(eqx.Module):
             cancelled = carry[2] < before / math.sqrt(2)
             return lax.cond(first | cancelled, sweep, lambda carry, _: (carry, None), carry, first)
 
-        if better_computed(sum(self.sizes) * self.width):
-            coefficients, vector, left, earlier = sweep(sweep(start, True)[0], False)[0]
-        else:
-            # Two turns of a loop rather than two calls: the pass is compiled once.
-            (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
+        # Two turns of a loop rather than two calls: the pass is compiled once.
+        (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
         # A vector inside the span: what the second pass leaves is noise of both.
         noise = (left < 0.5 * earlier) & (left < 64 * epsilon(vector) * before)
         return coefficients, vector, jnp.where(noise, 0, left)

@@ -26,8 +26,6 @@ Invariants at the head of the loop:
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -38,13 +36,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._vectors import divide, draw, epsilon, matmul, norm, or_one, scalar_dtype, select
 from hessjax.krylov._basis import Basis, rows_held
-from hessjax.krylov._branch import better_computed, either
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
 from hessjax.krylov._state import BROKEN, CERTIFIED, EXHAUSTED, RUNNING, Plan, State
 from hessjax.operators._operator import Operator
 
-T = TypeVar("T")
 NOTHING, PROBE, ROW = range(3)  # what a new direction is for: to begin a probe, or to be a frontier row
 
 
@@ -150,20 +146,12 @@ class Iteration(eqx.Module):
     def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""
         basis, state, direction, use = self._absorb(basis, state, self.op.product(state.vector))
-        taken = (basis, state, direction)
-        if better_computed(self.op.size):
-            basis, state, direction = self._take(use, *taken)
-        else:
-            # A loop of one turn or none, as in `Basis.rotate`.
-            needed = (use != NOTHING).astype(jnp.int32)
-            basis, state, direction = lax.fori_loop(0, needed, lambda _, taken: self._take(use, *taken), taken)
+        # A loop of one turn or none, as in `Basis.rotate`.
+        needed, given = (use != NOTHING).astype(jnp.int32), (basis, state, direction)
+        basis, state, direction = lax.fori_loop(0, needed, lambda _, given: self._take(use, *given), given)
         basis, state = self._aim(*self._restart(basis, state))
-        following = self._either(state.probe.active, lambda: direction, lambda: basis.row(state.target))
-        return basis, dataclasses.replace(state, vector=following)
-
-    def _either(self, when: Bool[Array, ""], true: Callable[[], T], false: Callable[[], T]) -> T:
-        """A branch whose sides pass a few times over a vector, and over the small matrices."""
-        return either(when, true, false, entries=10 * self.op.size)
+        vector = lax.cond(state.probe.active, lambda: direction, lambda: basis.row(state.target))
+        return basis, dataclasses.replace(state, vector=vector)
 
     def _absorb(self, basis: Basis, state: State, image: PyTree) -> tuple[Basis, State, PyTree, Int[Array, ""]]:
         """Orthogonalizes a product's image, and decides what it means.
@@ -173,10 +161,10 @@ class Iteration(eqx.Module):
             probe's next vector.
         """
         probing = state.probe.active
-        lift = self._either(probing, lambda: state.probe.lift(state.ritz), lambda: jnp.zeros_like(state.probe.overlap))
+        lift = lax.cond(probing, lambda: state.probe.lift(state.ritz), lambda: jnp.zeros_like(state.probe.overlap))
         size = norm(image)
         remove = jnp.where(probing, state.expanded, state.live)
-        own, incoming = self._either(
+        own, incoming = lax.cond(
             probing, lambda: state.probe.recur(state.vector, image, lift), lambda: (jnp.zeros_like(size), image)
         )
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
@@ -205,7 +193,7 @@ class Iteration(eqx.Module):
         limit = self.op.size / jnp.square(confidence(self.tol))
         settled, sufficient = self._settle(state, verdict, looked, limit)
         overlap = jnp.where(state.frontier, coefficients + lift, 0)
-        probe, z = self._either(
+        probe, z = lax.cond(
             probing,
             lambda: state.probe.advance(
                 state.vector, rest, size, overlap, verdict.thresholds, limit, quotient, self.eps
@@ -253,7 +241,7 @@ class Iteration(eqx.Module):
         no = jnp.zeros((), bool)
         if self.plan.k > 1 or not self.plan.random_start:
             return settled, no
-        sufficient = self._either(
+        sufficient = lax.cond(
             settled & state.seeded,
             lambda: start_suffices(state.ritz, state.frontier, verdict.thresholds, limit),
             lambda: no,
@@ -290,7 +278,7 @@ class Iteration(eqx.Module):
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
         unwanted = state.ritz.live.at[verdict.wanted].set(False)
         fresh = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
-        probe = self._either(begins, lambda: fresh.begin(state.ritz, unwanted, verdict.thresholds), lambda: ended)
+        probe = lax.cond(begins, lambda: fresh.begin(state.ritz, unwanted, verdict.thresholds), lambda: ended)
         state = dataclasses.replace(
             state,
             probe=probe,
@@ -298,7 +286,7 @@ class Iteration(eqx.Module):
             dig_until=jnp.where(tired, spent + jnp.maximum(spent // 2, self.plan.ncv), state.dig_until),
             status=jnp.maximum(state.status, ends),
         )
-        source = self._either(
+        source = lax.cond(
             begins | starved,
             lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
             lambda: select(alarm, suspect, z),
@@ -330,10 +318,7 @@ class Iteration(eqx.Module):
         ), due
 
     def _take(self, use: Int[Array, ""], basis: Basis, state: State, direction: PyTree) -> tuple[Basis, State, PyTree]:
-        """Orthogonalizes a direction, from which a probe starts or which becomes a frontier row, to be expanded next.
-
-        If it is for nothing, all stays as it is.
-        """
+        """Orthogonalizes a direction, from which a probe starts or which becomes a frontier row, to be expanded next."""
         remove = jnp.where(use == PROBE, state.expanded, state.live)
         coefficients, rest, left = basis.orthogonalize(direction, state.live, remove)
         unit = divide(rest, left)
@@ -348,12 +333,12 @@ class Iteration(eqx.Module):
             state,
             probe=select(use == PROBE, probe, state.probe),
             count=state.count + inject,
-            seeded=state.seeded & (use != ROW),
+            seeded=state.seeded & (use == PROBE),
             target=jnp.where(use == ROW, target, state.target),
             status=jnp.where((use == ROW) & ~known & ~inject, EXHAUSTED, state.status),
         )
         row = jnp.where(inject, state.count - 1, state.expanded.size)
-        return basis.set_row(row, unit), state, select(use == NOTHING, direction, unit)
+        return basis.set_row(row, unit), state, unit
 
     def _full(self, state: State) -> Bool[Array, ""]:
         """No room for another product."""
@@ -378,7 +363,7 @@ class Iteration(eqx.Module):
         spent = state.restarts + 1 >= self.plan.maxiter
         when = full & ~spent
         unchanged = jnp.zeros_like(state.projected)
-        state, transform = self._either(when, lambda: self._compress(state), lambda: (state, unchanged))
+        state, transform = lax.cond(when, lambda: self._compress(state), lambda: (state, unchanged))
         status = jnp.where(full & spent, EXHAUSTED, state.status)
         return basis.rotate(transform, when), dataclasses.replace(state, status=status)
 
