@@ -318,7 +318,7 @@ class Iteration(eqx.Module):
         ), due
 
     def _take(self, use: Int[Array, ""], basis: Basis, state: State, direction: PyTree) -> tuple[Basis, State, PyTree]:
-        """Orthogonalizes a direction, from which a probe starts, or which becomes a frontier row, the next to expand."""
+        """Orthogonalizes a direction, from which a probe starts, or which becomes the next row to expand."""
         remove = jnp.where(use == PROBE, state.expanded, state.live)
         coefficients, rest, left = basis.orthogonalize(direction, state.live, remove)
         unit = divide(rest, left)
