@@ -35,28 +35,25 @@ class Ritz(eqx.Module):
         values: Ritz values t.
         vectors: column i is x_i, in the coordinates of all rows.
         couplings: column i is C x_i, zero outside the frontier rows.
+        residuals: ‖A y_i - t_i y_i‖ = ‖C x_i‖, infinite where no pair exists.
         count: the number of expanded rows.
     """
 
     values: Float[Array, " rows"]
     vectors: Float[Array, "rows rows"]
     couplings: Float[Array, "rows rows"]
+    residuals: Float[Array, " rows"]
     count: Int[Array, ""]
 
     @property
     def live(self) -> Bool[Array, " rows"]:
         return jnp.arange(self.values.size) < self.count
 
-    @property
-    def residuals(self) -> Float[Array, " rows"]:
-        """‖A y_i - t_i y_i‖ = ‖C x_i‖, infinite where no pair exists."""
-        return jnp.where(self.live, _column_norms(self.couplings), jnp.inf)
-
     @classmethod
     def empty(cls, rows: int, dtype: Any) -> "Ritz":
         """No pairs yet."""
         square = jnp.zeros((rows, rows), dtype)
-        return cls(jnp.zeros(rows, dtype), square, square, jnp.zeros((), jnp.int32))
+        return cls(jnp.zeros(rows, dtype), square, square, jnp.full(rows, jnp.inf, dtype), jnp.zeros((), jnp.int32))
 
 
 def _column_norms(matrix: Array) -> Array:
@@ -80,21 +77,26 @@ def _rayleigh_ritz(
 ) -> Ritz:
     """Solves the projected problem over the expanded rows, at the smallest size that holds all rows in use."""
     rows = expanded.size
-    inside = jnp.where(expanded[:, None] & expanded[None, :], projected, 0)
-    peak = jnp.max(jnp.abs(inside))
-    unit = or_one(peak)
-    inside = inside / unit
-    # Rows that are not expanded sort behind those that are: above every eigenvalue, yet of the matrix's own scale.
-    beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))
-    matrix = inside + jnp.diag(jnp.where(expanded, 0, beyond))
-    coupled = jnp.where(frontier[:, None] & expanded[None, :], projected / unit, 0)
 
-    def solver(size: int) -> Callable[[], tuple[Array, Array, Array]]:
-        def solve() -> tuple[Array, Array, Array]:
-            values, vectors = eigh(matrix[:size, :size])
+    def solver(size: int) -> Callable[[], tuple[Array, Array, Array, Array]]:
+        def solve() -> tuple[Array, Array, Array, Array]:
+            corner, known, edge = projected[:size, :size], expanded[:size], frontier[:size]
+            inside = jnp.where(known[:, None] & known[None, :], corner, 0)
+            peak = jnp.max(jnp.abs(inside))
+            unit = or_one(peak)
+            inside = inside / unit
+            # Rows that are not expanded sort behind those that are: above every eigenvalue, yet of the matrix's scale.
+            beyond = 1 + 1.5 * jnp.max(jnp.sum(jnp.abs(inside), axis=0))
+            values, vectors = eigh(inside + jnp.diag(jnp.where(known, 0, beyond)))
+            couplings = matmul(jnp.where(edge[:, None] & known[None, :], corner / unit, 0), vectors)
+            live = jnp.arange(size) < jnp.sum(known)
             spare = (0, rows - size)
-            couplings = matmul(coupled[:size, :size], vectors)
-            return jnp.pad(values, spare), jnp.pad(vectors, (spare, spare)), jnp.pad(couplings, (spare, spare))
+            return (
+                jnp.pad(jnp.where(live, values * unit, 0), spare),
+                jnp.pad(jnp.where(known[:, None] & live[None, :], vectors, 0), (spare, spare)),
+                jnp.pad(jnp.where(live, unit * couplings, 0), (spare, spare)),
+                jnp.pad(jnp.where(live, unit * _column_norms(couplings), jnp.inf), spare, constant_values=jnp.inf),
+            )
 
         return solve
 
@@ -102,15 +104,8 @@ def _rayleigh_ritz(
     sizes = [*(size for size, fewest in _SIZES.items() if rows > fewest), rows]
     in_use = jnp.sum(expanded | frontier)
     smallest = sum(((in_use > size).astype(jnp.int32) for size in sizes[:-1]), jnp.zeros((), jnp.int32))
-    values, vectors, couplings = lax.switch(smallest, [solver(size) for size in sizes])
-    count = jnp.sum(expanded, dtype=jnp.int32)
-    live = jnp.arange(rows) < count
-    return Ritz(
-        jnp.where(live, values * unit, 0),
-        jnp.where(expanded[:, None] & live[None, :], vectors, 0),
-        jnp.where(live, unit * couplings, 0),
-        count,
-    )
+    values, vectors, couplings, residuals = lax.switch(smallest, [solver(size) for size in sizes])
+    return Ritz(values, vectors, couplings, residuals, jnp.sum(expanded, dtype=jnp.int32))
 
 
 def preference(values: Array, live: Array, which: str) -> Int[Array, " rows"]:
