@@ -7,6 +7,7 @@ and reads them at memory speed; slicing the live rows out of one array would cop
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype
+from hessjax._vectors import contract, epsilon, norm, row_structure, scalar_dtype, select
 
 _SMALLEST_BLOCK = 16  # rows; the others are multiples of it, except the last
 _GROWTH = 2.25  # of a block over the one before: more blocks read fewer empty rows, but each is compiled
@@ -105,19 +106,23 @@ class Basis(eqx.Module):
 
         return lax.switch(which, [reader(block, start) for block, start in zip(self.blocks, starts, strict=True)])
 
-    def set_row(self, index: Int[Array, ""], vector: PyTree) -> "Basis":
-        """The basis with `vector` in row `index`; out of range changes nothing."""
+    def set_row(self, index: Int[Array, ""], vector: PyTree, *, in_place: bool = False) -> "Basis":
+        """The basis with `vector` in row `index`; out of range changes nothing.
+
+        A row of every block is read and written. If `in_place`, only the row itself is written, by a loop of one turn
+        or none, as in `rotate`, which has no reverse mode.
+        """
         blocks, start = [], 0
         for block, rows in zip(self.blocks, self.sizes, strict=True):
             local = jnp.clip(index - start, 0, rows - 1)
             inside = (index >= start) & (index < start + rows)
             new = jtu.tree_map(lambda x: _kept(x, self.storage), vector)
-
-            def put(_: Array, block: PyTree, new: PyTree = new, at: Array = local) -> PyTree:
-                return jtu.tree_map(lambda leaf, x: lax.dynamic_update_index_in_dim(leaf, x, at, 0), block, new)
-
-            # A loop of one turn or none, as in `rotate`: else the old row would have to be read and written again.
-            blocks.append(lax.fori_loop(0, inside.astype(jnp.int32), put, block))
+            if in_place:
+                put = partial(_put, at=local, vector=new)
+                blocks.append(lax.fori_loop(0, inside.astype(jnp.int32), lambda _, block, put=put: put(block), block))
+            else:
+                old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
+                blocks.append(_put(block, local, select(inside, new, old)))
             start += rows
         return Basis(tuple(blocks), self.dtypes, self.storage)
 
@@ -283,6 +288,10 @@ class Basis(eqx.Module):
     def stack(self) -> PyTree:
         """All rows in one pytree with leading axis `num_rows`."""
         return jtu.tree_map(lambda *rows: jnp.concatenate(rows), *self.blocks)
+
+
+def _put(block: PyTree, at: Int[Array, ""], vector: PyTree) -> PyTree:
+    return jtu.tree_map(lambda rows, x: lax.dynamic_update_index_in_dim(rows, x, at, 0), block, vector)
 
 
 def _kept(x: Array, storage: str | None) -> Array:

@@ -170,7 +170,7 @@ class Iteration(eqx.Module):
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
         unit = divide(rest, left)
         state, row, direction, use = self._after_product(state, size, own, coefficients, lift, rest, left, unit)
-        return basis.set_row(row, unit), state, direction, use
+        return basis.set_row(row, unit, in_place=True), state, direction, use
 
     def _after_product(
         self,
@@ -338,7 +338,7 @@ class Iteration(eqx.Module):
             status=jnp.where((use == ROW) & ~known & ~inject, EXHAUSTED, state.status),
         )
         row = jnp.where(inject, state.count - 1, state.expanded.size)
-        return basis.set_row(row, unit), state, unit
+        return basis.set_row(row, unit, in_place=True), state, unit
 
     def _full(self, state: State) -> Bool[Array, ""]:
         """No room for another product."""
