@@ -71,9 +71,14 @@ def as_vector(vector: PyTree, structure: PyTree[jax.ShapeDtypeStruct], name: str
 
 def is_known(value: Any) -> bool:
     """Whether `value` is an array whose numbers can be looked at: not traced, a placeholder, donated or elsewhere."""
-    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
-        return value.is_fully_addressable and not value.is_deleted()
-    return eqx.is_array_like(value) and not isinstance(value, Tracer)
+    if isinstance(value, jax.Array):
+        return not isinstance(value, Tracer) and value.is_fully_addressable and not value.is_deleted()
+    return eqx.is_array_like(value)
+
+
+def are_known_scalars(*values: Any) -> bool:
+    """Whether each is a number that can be looked at, and no batch of them."""
+    return all(is_known(value) and jnp.ndim(value) == 0 for value in values)
 
 
 def size_of(structure: PyTree) -> int:

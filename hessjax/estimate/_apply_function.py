@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from hessjax._arguments import as_integer
-from hessjax._vectors import contract, is_known, matmul, noise_of, norm, usual_promotion
+from hessjax._vectors import are_known_scalars, contract, matmul, noise_of, norm, usual_promotion
 from hessjax.estimate._door import elementwise, needs_function
 from hessjax.estimate._tridiagonal import tridiagonal_eigh
 from hessjax.krylov._lanczos import Lanczos, lanczos
@@ -31,7 +31,7 @@ class Applied(eqx.Module):
     num_matvecs: Int[Array, ""]
 
     def __repr__(self) -> str:
-        if not all(is_known(part) and jnp.ndim(part) == 0 for part in (self.error, self.num_matvecs)):
+        if not are_known_scalars(self.error, self.num_matvecs):
             return eqx.tree_pformat(self)
         return f"Applied(error {float(self.error):.2g}, {int(self.num_matvecs)} products)"
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from hessjax._vectors import is_known, or_one
+from hessjax._vectors import are_known_scalars, or_one
 
 
 class Estimate(eqx.Module):
@@ -34,7 +34,7 @@ class Estimate(eqx.Module):
 
     def __repr__(self) -> str:
         parts = (self.value, self.stderr, self.num_matvecs)
-        if not all(is_known(part) and np.ndim(part) == 0 for part in parts):
+        if not are_known_scalars(*parts):
             return eqx.tree_pformat(self)
         value, error, count = float(self.value), float(self.stderr), int(self.num_matvecs)
         return f"{type(self).__name__}({value:.6g} ± {error:.2g}, {count} products)"

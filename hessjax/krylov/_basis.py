@@ -7,7 +7,6 @@ and reads them at memory speed; slicing the live rows out of one array would cop
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -118,8 +117,7 @@ class Basis(eqx.Module):
             inside = (index >= start) & (index < start + rows)
             new = jtu.tree_map(lambda x: _kept(x, self.storage), vector)
             if in_place:
-                put = partial(_put, at=local, vector=new)
-                blocks.append(lax.fori_loop(0, inside.astype(jnp.int32), lambda _, block, put=put: put(block), block))
+                blocks.append(_put_if(inside, block, local, new))
             else:
                 old = jtu.tree_map(lambda leaf, at=local: lax.dynamic_index_in_dim(leaf, at, 0, False), block)
                 blocks.append(_put(block, local, select(inside, new, old)))
@@ -292,6 +290,10 @@ class Basis(eqx.Module):
 
 def _put(block: PyTree, at: Int[Array, ""], vector: PyTree) -> PyTree:
     return jtu.tree_map(lambda rows, x: lax.dynamic_update_index_in_dim(rows, x, at, 0), block, vector)
+
+
+def _put_if(when: Bool[Array, ""], block: PyTree, at: Int[Array, ""], vector: PyTree) -> PyTree:
+    return lax.fori_loop(0, when.astype(jnp.int32), lambda _, block: _put(block, at, vector), block)
 
 
 def _kept(x: Array, storage: str | None) -> Array:

@@ -135,20 +135,19 @@ class Probe(eqx.Module):
             suspect=jtu.tree_map(jnp.zeros_like, self.suspect),
         )
 
-    def lift(self, ritz: Ritz) -> Float[Array, " rows"]:
-        """The coefficients D Fᵀz_j on the frontier rows, by which S z_j exceeds the projected A z_j."""
+    def recur(self, z: PyTree, image: PyTree, ritz: Ritz) -> tuple[Float[Array, " rows"], Scalar, PyTree]:
+        """What turns A z_j towards S z_j: (D Fᵀz_j, α = ⟨z_j, S z_j⟩, A z_j - α z_j - β z_(j-1)).
+
+        The first are the coefficients on the frontier rows by which S z_j exceeds the projected A z_j. The terms of the
+        last go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as rounding
+        allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
+        """
         distance = self.points[self.side] - ritz.values
         weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _off_zero(distance), 0)
-        return jnp.where(self.active, matmul(ritz.couplings, weights), 0)
-
-    def recur(self, z: PyTree, image: PyTree, lift: Float[Array, " rows"]) -> tuple[Scalar, PyTree]:
-        """α = ⟨z_j, S z_j⟩ and A z_j - α z_j - β z_(j-1).
-
-        These terms go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as
-        rounding allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
-        """
+        lift = matmul(ritz.couplings, weights)
         alpha = inner(z, image) + matmul(self.overlap, lift)
-        return alpha, jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
+        rest = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
+        return lift, alpha, rest
 
     def advance(
         self,

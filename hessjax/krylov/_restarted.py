@@ -161,11 +161,12 @@ class Iteration(eqx.Module):
             probe's next vector.
         """
         probing = state.probe.active
-        lift = lax.cond(probing, lambda: state.probe.lift(state.ritz), lambda: jnp.zeros_like(state.probe.overlap))
-        size = norm(image)
         remove = jnp.where(probing, state.expanded, state.live)
-        own, incoming = lax.cond(
-            probing, lambda: state.probe.recur(state.vector, image, lift), lambda: (jnp.zeros_like(size), image)
+        size = norm(image)
+        lift, own, incoming = lax.cond(
+            probing,
+            lambda: state.probe.recur(state.vector, image, state.ritz),
+            lambda: (jnp.zeros_like(state.probe.overlap), jnp.zeros_like(size), image),
         )
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
         unit = divide(rest, left)

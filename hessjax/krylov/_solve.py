@@ -14,11 +14,11 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._arguments import as_integer
 from hessjax._vectors import (
+    are_known_scalars,
     as_vector,
     divide,
     epsilon,
     inner,
-    is_known,
     norm,
     or_one,
     scalar_dtype,
@@ -46,8 +46,7 @@ class Solution(eqx.Module):
     curvature: Float[Array, ""]
 
     def __repr__(self) -> str:
-        parts = (self.residual, self.converged, self.curvature)
-        if not all(is_known(part) and jnp.ndim(part) == 0 for part in parts):
+        if not are_known_scalars(self.residual, self.converged, self.curvature):
             return eqx.tree_pformat(self)
         outcome = "converged" if self.converged else "not converged"
         return f"Solution({outcome}, residual {float(self.residual):.2g}, curvature {float(self.curvature):.4g})"
