@@ -168,8 +168,10 @@ def norm(x: PyTree, size: Scalar | None = None) -> Scalar:
         peaks = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jtu.tree_leaves(x)]
         size = jnp.max(jnp.stack(peaks)) if peaks else jnp.zeros((), dtype)
     unit = or_one(size)
-    squares = [jnp.sum(jnp.square(leaf.astype(dtype) / unit)) for leaf in jtu.tree_leaves(x)]
-    return unit * jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    # One quotient rather than one per entry, kept among the normal numbers.
+    inverse = jnp.clip(1 / unit, jnp.finfo(dtype).tiny, jnp.finfo(dtype).max)
+    squares = [jnp.sum(jnp.square(leaf.astype(dtype) * inverse)) for leaf in jtu.tree_leaves(x)]
+    return jnp.sqrt(sum(squares, jnp.zeros((), dtype))) / inverse
 
 
 def divide(x: PyTree, by: Scalar) -> PyTree:

@@ -194,25 +194,28 @@ class Basis(eqx.Module):
         enough (Parlett, The Symmetric Eigenvalue Problem, section 6.9). What two passes shrink to rounding noise comes
         back as norm 0, so that noise is never normalised into a basis vector.
         """
-        before = norm(vector, size)
-        nothing = jnp.zeros(remove.shape, before.dtype)
-        start = (nothing, vector, before, jnp.zeros_like(before))
+        size = norm(vector) if size is None else size
+        nothing = jnp.zeros(remove.shape, size.dtype)
+        start = (nothing, vector, size, size, size)
         extra = nothing if add is None else add
 
-        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
-            coefficients, vector, left, _ = carry
+        def sweep(carry: tuple[Array, PyTree, Scalar, Scalar, Scalar], first: Array) -> tuple[Any, None]:
+            coefficients, vector, _, _, whole = carry
             change, vector = self.project(vector, read, remove, jnp.where(first, extra, 0))
             coefficients = coefficients + jnp.where(first | remove, change, 0)
-            return (coefficients, vector, norm(vector, before), left), None
+            left = norm(vector, size)
+            # ‖x‖ by Pythagoras, without another look at x.
+            before = jnp.hypot(*lax.stop_gradient((left, norm(jnp.where(remove, change, 0), size))))
+            return (coefficients, vector, left, before, jnp.where(first, before, whole)), None
 
-        def maybe(carry: tuple[Array, PyTree, Scalar, Scalar], first: Array) -> tuple[Any, None]:
-            cancelled = carry[2] < before / math.sqrt(2)
+        def maybe(carry: tuple[Array, PyTree, Scalar, Scalar, Scalar], first: Array) -> tuple[Any, None]:
+            cancelled = carry[2] < carry[3] / math.sqrt(2)
             return lax.cond(first | cancelled, sweep, lambda carry, _: (carry, None), carry, first)
 
         # Two turns of a loop rather than two calls: the pass is compiled once.
-        (coefficients, vector, left, earlier), _ = lax.scan(maybe, start, jnp.array([True, False]))
+        (coefficients, vector, left, before, whole), _ = lax.scan(maybe, start, jnp.array([True, False]))
         # A vector inside the span: what the second pass leaves is noise of both.
-        noise = (left < 0.5 * earlier) & (left < 64 * epsilon(vector) * before)
+        noise = (left < 0.5 * before) & (left < 64 * epsilon(vector) * whole)
         return coefficients, vector, jnp.where(noise, 0, left)
 
     def combine(self, weights: Float[Array, "num_rows k"], read: Bool[Array, " num_rows"]) -> PyTree:

@@ -24,11 +24,10 @@ import dataclasses
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
-from hessjax._vectors import divide, inner, matmul, norm, subtract
+from hessjax._vectors import inner, matmul, norm, subtract
 from hessjax.krylov._projected import Ritz
 
 LOW, HIGH = 0, 1  # the sides; the low side of S is the high side of -S
@@ -62,7 +61,7 @@ def start_suffices(ritz: Ritz, frontier: Bool[Array, " rows"], thresholds: Float
 
 
 class Probe(eqx.Module):
-    """A Lanczos run on S that keeps three vectors: z_j (held by the caller), `last` and `suspect`.
+    """A Lanczos run on S, without its vectors: z_j, z_(j-1) and the suspect Σ p_i z_i, which the caller keeps.
 
     Attributes:
         active: a run is under way.
@@ -76,8 +75,6 @@ class Probe(eqx.Module):
         steps: j.
         beta: the off-diagonal coefficient between z_(j-1) and z_j.
         overlap: Fᵀz_j, in the coordinates of all rows.
-        last: z_(j-1).
-        suspect: Σ p_i z_i at the point of `side`.
     """
 
     active: Bool[Array, ""]
@@ -91,19 +88,17 @@ class Probe(eqx.Module):
     steps: Int[Array, ""]
     beta: Scalar
     overlap: Float[Array, " rows"]
-    last: PyTree
-    suspect: PyTree
 
     @classmethod
-    def idle(cls, zero: PyTree, rows: int, dtype: np.dtype) -> "Probe":
-        """No run under way, and nothing proved. `zero` is the zero vector."""
+    def idle(cls, rows: int, dtype: np.dtype) -> "Probe":
+        """No run under way, and nothing proved."""
         scalar, two, row = jnp.zeros((), dtype), jnp.zeros(2, dtype), jnp.zeros(rows, dtype)
         no, none, integer = jnp.zeros((), bool), jnp.zeros(2, bool), jnp.zeros((), jnp.int32)
-        return cls(no, none, integer, two, none, two, two, two, integer, scalar, row, zero, zero)
+        return cls(no, none, integer, two, none, two, two, two, integer, scalar, row)
 
     @property
     def alarm(self) -> Bool[Array, ""]:
-        """S has an eigenvalue beyond the threshold: `suspect` points to it."""
+        """S has an eigenvalue beyond the threshold: the suspect points to it."""
         return self.active & self.beyond[self.side]
 
     def begin(self, ritz: Ritz, unwanted: Bool[Array, " rows"], thresholds: Float[Array, " 2"]) -> "Probe":
@@ -131,23 +126,19 @@ class Probe(eqx.Module):
             steps=jnp.zeros((), jnp.int32),
             beta=jnp.zeros_like(self.beta),
             overlap=jnp.zeros_like(self.overlap),
-            last=jtu.tree_map(jnp.zeros_like, self.last),
-            suspect=jtu.tree_map(jnp.zeros_like, self.suspect),
         )
 
-    def recur(self, z: PyTree, image: PyTree, ritz: Ritz) -> tuple[Float[Array, " rows"], Scalar, PyTree]:
-        """What turns A z_j towards S z_j: (D Fᵀz_j, α = ⟨z_j, S z_j⟩, A z_j - α z_j - β z_(j-1)).
-
-        The first are the coefficients on the frontier rows by which S z_j exceeds the projected A z_j. The terms of the
-        last go before the components along the rows, not after: then z_(j+1) is as orthogonal to the rows as rounding
-        allows, however large the lift is. Afterwards they would multiply the error by α/β in every step.
-        """
+    def lift(self, ritz: Ritz) -> Float[Array, " rows"]:
+        """D Fᵀz_j: the coefficients on the frontier rows by which S z_j exceeds the projected A z_j."""
         distance = self.points[self.side] - ritz.values
         weights = jnp.where(ritz.live, matmul(self.overlap, ritz.couplings) / _off_zero(distance), 0)
-        lift = matmul(ritz.couplings, weights)
-        alpha = inner(z, image) + matmul(self.overlap, lift)
-        rest = jtu.tree_map(lambda w, x, y: (w - alpha * x - self.beta * y).astype(w.dtype), image, z, self.last)
-        return lift, alpha, rest
+        return matmul(ritz.couplings, weights)
+
+    @property
+    def weight(self) -> Scalar:
+        """p_j at the point of `side`: how much of z_j is in the suspect."""
+        alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
+        return alternate * self.polynomial[self.side]
 
     def advance(
         self,
@@ -159,7 +150,7 @@ class Probe(eqx.Module):
         limit: Scalar,
         quotient: Scalar,
         eps: float,
-    ) -> tuple["Probe", PyTree]:
+    ) -> tuple["Probe", Scalar, Scalar]:
         """One Lanczos step on S.
 
         Args:
@@ -169,17 +160,16 @@ class Probe(eqx.Module):
             overlap: Fᵀ of the image.
             thresholds: infinite where a side needs no proof.
             limit: the mass n/δ² that proves a side.
-            quotient: α up to rounding, from `recur`.
+            quotient: α = ⟨z_j, S z_j⟩ up to rounding.
             eps: the rounding unit.
 
         Returns:
-            The next state, and z_(j+1).
+            The next state, and two numbers r and b: z_(j+1) = (image - r z_j) / b, and zero where b is.
         """
         signs = jnp.asarray(_SIGNS, self.mass.dtype)
         rest = inner(z, image)
         alpha = quotient + rest
-        image = subtract(image, rest, z)
-        beta = norm(image, size)
+        beta = norm(subtract(image, rest, z), size)
         # Below the rounding of this very subtraction the run has closed: its space holds no further eigenvalue that z
         # sees. The rounding of a product with A may be far larger, and so may an eigenvalue of S that hides in it.
         beta = jnp.where(beta <= 8 * eps * jnp.hypot(alpha, self.beta), 0, beta)
@@ -188,9 +178,6 @@ class Probe(eqx.Module):
         polynomial = jnp.where((beta == 0) & (value > 0), jnp.inf, value / _off_zero(beta))
         mass = self.mass + jnp.square(polynomial)
         beyond = self.beyond | ~(value > 0)
-        alternate = jnp.where((self.side == LOW) & (self.steps % 2 == 1), -1, 1)
-        weight = alternate * self.polynomial[self.side]
-        following = (overlap - rest * self.overlap) / _off_zero(beta)
         probe = dataclasses.replace(
             self,
             proved=self.proved | (jnp.isfinite(thresholds) & ~beyond & (mass >= limit)),
@@ -200,11 +187,9 @@ class Probe(eqx.Module):
             mass=mass,
             steps=self.steps + 1,
             beta=beta,
-            overlap=following,
-            last=z,
-            suspect=subtract(self.suspect, -weight, z),
+            overlap=(overlap - rest * self.overlap) / _off_zero(beta),
         )
-        return probe, divide(image, beta)
+        return probe, rest, beta
 
 
 def _off_zero(x: Array) -> Array:

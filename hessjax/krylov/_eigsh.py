@@ -79,9 +79,10 @@ def eigsh(
             max(2k + 1, 20); for LA and LM what 8 MB hold, or 2k + 20 or 5k if that is more.
         maxiter: restarts, the first fill counted. Default: as many as make 10 n products; inside the spectrum and above
             n = 2048 ten stages, which on a spectrum over many magnitudes are up to 1000 n products.
-        tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below the rounding of m products,
-            √m eps ‖A‖; 0 asks for what the dtype and the product's noise allow. A positive one below the noise is not
-            reached: the iteration stops there, `residuals` stand at `noise`, and `converged` is False.
+        tol: a pair converges when ‖Av - λv‖ ≤ tol · max(eps^(2/3) ‖A‖, |λ|), but not below the rounding of m products
+            and of inner products of n terms, max(√m, √n / 32) eps ‖A‖; 0 asks for what the dtype and the product's
+            noise allow. A positive one below the noise is not reached: the iteration stops there, `residuals` stand
+            at `noise`, and `converged` is False.
         return_eigenvectors: whether to form them.
         like: a pytree shaped as the vectors, when `op` is a plain function.
         memory_limit: bytes that the default `ncv` may use; an eighth of the device's memory if None.

@@ -10,7 +10,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 from hessjax._arguments import as_integer, check_key
-from hessjax._vectors import as_vector, divide, draw, noise_of, norm, or_one, scalar_dtype, usual_promotion
+from hessjax._vectors import (
+    as_vector,
+    divide,
+    draw,
+    inner,
+    noise_of,
+    norm,
+    or_one,
+    scalar_dtype,
+    subtract,
+    usual_promotion,
+)
 from hessjax.krylov._basis import Basis
 from hessjax.krylov._eigh import eigh
 from hessjax.operators._operator import Operator, as_operator
@@ -131,22 +142,26 @@ def _lanczos(op: Operator, start: PyTree, num_steps: int, packing: Packing) -> L
     position = jnp.arange(num_steps)
 
     def step(
-        carry: tuple[Basis, PyTree, Scalar, Scalar], index: Int[Array, ""]
-    ) -> tuple[tuple[Basis, PyTree, Scalar, Scalar], tuple[Scalar, Scalar]]:
-        basis, residual, beta, noise = carry
+        carry: tuple[Basis, PyTree, PyTree, Scalar, Scalar], index: Int[Array, ""]
+    ) -> tuple[tuple[Basis, PyTree, PyTree, Scalar, Scalar], tuple[Scalar, Scalar]]:
+        basis, last, residual, beta, noise = carry
         vector = divide(residual, beta)
         basis = basis.set_row(index, vector)
         image = op.product(vector)
         live = (position <= index) & (beta != 0)
-        coefficients, residual, left = basis.orthogonalize(image, live, live)
-        alpha = coefficients[index]
+        # The recurrence's own terms go first: then one pass over the rows is enough.
+        own = inner(vector, image)
+        residual = subtract(subtract(image, own, vector), beta, last)
+        coefficients, residual, left = basis.orthogonalize(residual, live, live)
+        alpha = own + coefficients[index]
         noise = jnp.maximum(noise, noise_of(image))
         left = jnp.where(left <= noise, 0, left).astype(dtype)
-        return (basis, residual, left, noise), (alpha, left)
+        return (basis, vector, residual, left, noise), (alpha, left)
 
-    first = norm(start)
-    carry = (Basis.zeros(op.structure, num_steps), start, first, jnp.zeros((), dtype))
-    (basis, residual, beta, _), (alphas, betas) = lax.scan(step, carry, position)
+    first, zero = norm(start), jtu.tree_map(jnp.zeros_like, start)
+    # Before the first step there is no last vector, whatever the start's norm.
+    carry = (Basis.zeros(op.structure, num_steps), zero, start, first, jnp.zeros((), dtype))
+    (basis, _, residual, beta, _), (alphas, betas) = lax.scan(step, carry, position)
     steps = jnp.sum(jnp.concatenate([first[None] != 0, betas[:-1] != 0]), dtype=jnp.int32)
     residual = packing.unpack(jtu.tree_map(lambda leaf: jnp.where(beta == 0, 0, leaf).astype(leaf.dtype), residual))
     return Lanczos(packing.unpack(basis.stack(), batch=1), alphas, betas[:-1], residual, beta, steps)

@@ -174,7 +174,7 @@ def judge(
     promises: Float[Array, " rows"],
     scale: Scalar,
     noise: Scalar,
-    rounding: Scalar,
+    attainable: Scalar,
     eps: float,
 ) -> Verdict:
     """Compares the wanted pairs' residuals with what was promised of them.
@@ -184,19 +184,18 @@ def judge(
         order: their `preference`.
         which: LM, LA, SA or BE.
         k: how many.
-        promises: for every Ritz pair the residual up to which it counts as converged, but no bound is below `rounding`.
-            0 asks for what the dtype allows: 4 · noise, but at most two thousand rounding units, since more than that
-            is no rounding error.
+        promises: for every Ritz pair the residual up to which it counts as converged. 0 asks for what is attainable,
+            but at most two thousand rounding units, since more than that is no rounding error.
         scale: an estimate of ‖A‖.
         noise: the norm of the error that one product makes.
-        rounding: the part of it that is due to rounding.
+        attainable: the residual that an iteration can be expected to reach.
         eps: the dtype's rounding unit.
     """
     wanted = jnp.sort(order[:k])
     values, estimates = ritz.values[wanted], ritz.residuals[wanted]
     promise = promises[wanted]
     lowest, highest = min(16 * eps, eps**0.5) * scale, min(2000 * eps, eps**0.5) * scale
-    bounds = jnp.where(promise > 0, jnp.maximum(promise, rounding), jnp.clip(4 * noise, lowest, highest))
+    bounds = jnp.where(promise > 0, promise, jnp.clip(attainable, lowest, highest))
     residuals = jnp.maximum(estimates, noise)
     unsettled = ~((residuals <= bounds) | (estimates <= noise))
     least = jnp.maximum(min(16 * eps, eps**0.5 / 8) * scale, jnp.finfo(values.dtype).tiny)

@@ -19,7 +19,8 @@ Invariants at the head of the loop:
     rows [0, count) are orthonormal; `expanded` of them have been multiplied, the others are the frontier;
     `projected` holds qᵢᵀAqⱼ wherever i or j is expanded, and A q of an expanded q lies in the span of the rows (where
         neither is, it holds nothing, or what a model says);
-    `vector` is the unit vector to multiply: row `target`, or the probe's z;
+    `vector` is the unit vector to multiply: row `target`, or the probe's z; `last` was multiplied before it: row
+        `previous` if that is in range, or the probe's z before;
     `num_matvecs` products have been spent;
     `digging` holds after a probe that grew too long, until `dig_until` products have been spent;
     `seeded` holds while the rows are the Krylov space of a random start that may certify the result.
@@ -34,7 +35,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Scalar
 
-from hessjax._vectors import divide, draw, epsilon, matmul, norm, or_one, scalar_dtype, select
+from hessjax._vectors import divide, draw, epsilon, inner, matmul, norm, or_one, scalar_dtype, select, subtract
 from hessjax.krylov._basis import Basis, rows_held
 from hessjax.krylov._certificate import Probe, confidence, start_suffices
 from hessjax.krylov._projected import Ritz, Verdict, judge, preference, refresh
@@ -42,6 +43,21 @@ from hessjax.krylov._state import BROKEN, CERTIFIED, EXHAUSTED, RUNNING, Plan, S
 from hessjax.operators._operator import Operator
 
 NOTHING, PROBE, ROW = range(3)  # what a new direction is for: to begin a probe, or to be a frontier row
+OWN, SUSPECT, RANDOM = range(3)  # where it comes from: what the product left, what a probe found, a draw
+
+
+class Ahead(eqx.Module):
+    """What comes after a product, which left `State.vector`: a new row, or a probe's next z.
+
+    Attributes:
+        row: the row that it is, out of range if none.
+        use: what a new direction is for.
+        source: where that comes from.
+    """
+
+    row: Int[Array, ""]
+    use: Int[Array, ""]
+    source: Int[Array, ""]
 
 
 class Iteration(eqx.Module):
@@ -97,13 +113,16 @@ class Iteration(eqx.Module):
         zero = jtu.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.op.structure)
         return State(
             vector=basis.row(integer),
+            last=zero,
+            suspect=zero,
             target=integer,
+            previous=jnp.asarray(rows, jnp.int32),
             projected=jnp.zeros((rows, rows), dtype),
             expanded=jnp.zeros(rows, bool),
             count=count,
             ritz=Ritz.empty(rows, dtype),
             order=jnp.arange(rows),
-            probe=Probe.idle(zero, rows, dtype),
+            probe=Probe.idle(rows, dtype),
             scale=jnp.zeros((), dtype),
             deviation=jnp.zeros(2, dtype),
             next_look=integer,
@@ -121,23 +140,37 @@ class Iteration(eqx.Module):
         )
 
     def noise(self, state: State) -> Scalar:
-        """The norm of a product's error: rounding, or what the asymmetry of qᵢᵀAqⱼ betrays, whichever is larger.
+        """The norm of a product's error: rounding, or what the asymmetry of qᵢᵀAqⱼ betrays, whichever is larger."""
+        return jnp.maximum(self.rounding(state), self._error(state))
+
+    def rounding(self, state: State) -> Scalar:
+        """What rounding alone adds to a residual: that of the products, or that of the inner products.
+
+        In long vectors rows are orthogonal to less than the rounding unit: see `_expand`.
+        """
+        return jnp.maximum(self._walk(state), self.eps * state.scale * (self.op.size**0.5 / 32))
+
+    def _walk(self, state: State) -> Scalar:
+        """The rounding of m products: like a random walk, √m eps ‖A‖."""
+        return self.eps * state.scale * jnp.sqrt(jnp.maximum(state.num_matvecs, 1).astype(state.scale.dtype))
+
+    def _error(self, state: State) -> Scalar:
+        """What a product errs by beyond the rounding of inner products.
 
         An error with independent entries of size s has norm s √n and moves each qᵢᵀAqⱼ by s. Asymmetry that the
         rounding of inner products explains does not count.
         """
         total, samples = state.deviation
         asymmetry = state.scale * jnp.sqrt(self.op.size * total / jnp.maximum(samples, 1))
-        return jnp.maximum(jnp.maximum(self.rounding(state), asymmetry), self.floor)
-
-    def rounding(self, state: State) -> Scalar:
-        """What rounding alone adds to a residual: it grows like a random walk over the products, √m eps ‖A‖."""
-        return self.eps * state.scale * jnp.sqrt(jnp.maximum(state.num_matvecs, 1).astype(state.scale.dtype))
+        return jnp.maximum(asymmetry, self.floor)
 
     def judge(self, state: State) -> Verdict:
         """What the current Ritz pairs say about the wanted ones."""
-        which, k, noise, rounding = self.plan.which, self.plan.k, self.noise(state), self.rounding(state)
-        return judge(state.ritz, state.order, which, k, self.promises(state), state.scale, noise, rounding, self.eps)
+        noise, rounding = self.noise(state), self.rounding(state)
+        attainable = jnp.maximum(4 * jnp.maximum(self._walk(state), self._error(state)), rounding)
+        promises, plan = self.promises(state), self.plan
+        promises = jnp.where(promises > 0, jnp.maximum(promises, rounding), 0)
+        return judge(state.ritz, state.order, plan.which, plan.k, promises, state.scale, noise, attainable, self.eps)
 
     def promises(self, state: State) -> Float[Array, " rows"]:
         """The residual up to which each Ritz pair counts as converged: tol · max(eps^(2/3) ‖A‖, |t|)."""
@@ -145,65 +178,81 @@ class Iteration(eqx.Module):
 
     def step(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """One product, and whatever follows from it."""
-        basis, state, direction, use = self._absorb(basis, state, self.op.product(state.vector))
+        basis, state, ahead = self._absorb(basis, state, self.op.product(state.vector))
         # A loop of one turn or none, as in `Basis.rotate`.
-        needed, given = (use != NOTHING).astype(jnp.int32), (basis, state, direction)
-        basis, state, direction = lax.fori_loop(0, needed, lambda _, given: self._take(use, *given), given)
-        basis, state = self._aim(*self._restart(basis, state))
-        vector = lax.cond(state.probe.active, lambda: direction, lambda: basis.row(state.target))
+        needed, given = (ahead.use != NOTHING).astype(jnp.int32), (basis, state, ahead)
+        basis, state, ahead = lax.fori_loop(0, needed, lambda _, given: self._take(*given), given)
+        restarts = state.restarts
+        basis, state, turned = self._aim(*self._restart(basis, state))
+        # A row that is at hand is not read again, unless what the basis keeps of it is another vector.
+        at_hand = (ahead.row == state.target) & (state.restarts == restarts) & ~turned & (self.plan.storage is None)
+        reads = (~state.probe.active & ~at_hand).astype(jnp.int32)
+        vector = lax.fori_loop(0, reads, lambda turn, _: basis.row(state.target + turn), state.vector)
         return basis, dataclasses.replace(state, vector=vector)
 
-    def _absorb(self, basis: Basis, state: State, image: PyTree) -> tuple[Basis, State, PyTree, Int[Array, ""]]:
+    def _absorb(self, basis: Basis, state: State, image: PyTree) -> tuple[Basis, State, "Ahead"]:
         """Orthogonalizes a product's image, and decides what it means.
 
-        Returns:
-            The basis and the state, the direction to orthogonalize next, and what for. If for nothing, it is the
-            probe's next vector.
+        What is known of the image goes first: its components along the vector, and along the one multiplied before. One
+        pass over the rows is then enough, where without that nearly all would need a second one. A probe's terms are
+        those of its recurrence; after the pass they would multiply its errors by α/β in every step.
         """
-        probing = state.probe.active
+        vector, probe, probing = state.vector, state.probe, state.probe.active
+        # Read once, where what was seen before tells its scale.
+        size = norm(image, state.scale)
+        size = lax.cond((state.scale > 0) & jnp.isfinite(size), lambda: size, lambda: norm(image))
+        lift = lax.cond(probing, lambda: probe.lift(state.ritz), lambda: jnp.zeros_like(probe.overlap))
+        own = inner(vector, image) + matmul(probe.overlap, lift)
+        coupling = state.projected[state.target].at[state.previous].get(mode="fill", fill_value=0)
+        other = jnp.where(probing, probe.beta, coupling)
+        incoming = jtu.tree_map(lambda w, x, y: (w - own * x - other * y).astype(w.dtype), image, vector, state.last)
         remove = jnp.where(probing, state.expanded, state.live)
-        size = norm(image)
-        lift, own, incoming = lax.cond(
-            probing,
-            lambda: state.probe.recur(state.vector, image, state.ritz),
-            lambda: (jnp.zeros_like(state.probe.overlap), jnp.zeros_like(size), image),
-        )
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
-        unit = divide(rest, left)
-        state, row, direction, use = self._after_product(state, size, own, coefficients, lift, rest, left, unit)
-        return basis.set_row(row, unit, in_place=True), state, direction, use
+        gone = jnp.zeros_like(lift).at[state.target].add(own).at[state.previous].add(other)
+        coefficients += jnp.where(probing, 0, gone)
+        state, ahead, more, by = self._after_product(state, size, own, coefficients, lift, rest, left)
+        unit = divide(subtract(rest, more, vector), by)
+        basis = basis.set_row(ahead.row, unit, in_place=True)
+        return basis, dataclasses.replace(state, vector=unit, last=vector), ahead
 
     def _after_product(
-        self,
-        state: State,
-        size: Scalar,
-        quotient: Scalar,
-        coefficients: Array,
-        lift: Array,
-        rest: PyTree,
-        left: Scalar,
-        unit: PyTree,
-    ) -> tuple[State, Int[Array, ""], PyTree, Int[Array, ""]]:
-        """The state after a product, the row for its remainder, the direction to orthogonalize next, and its use."""
-        finite = jnp.isfinite(size)
+        self, state: State, size: Scalar, own: Scalar, coefficients: Array, lift: Array, rest: PyTree, left: Scalar
+    ) -> tuple[State, "Ahead", Scalar, Scalar]:
+        """The state after a product, and what is ahead.
+
+        Returns:
+            Also two numbers: the next vector is the rest, less so much of this one, over the other.
+        """
+        vector, finite = state.vector, jnp.isfinite(size)
         probing = state.probe.active & finite
         expanding = ~state.probe.active & finite & state.live[state.target]
+        multiplied = jnp.where(expanding, state.target, state.expanded.size).astype(jnp.int32)
         state, row = self._expand(state, jnp.where(finite, size, 0), coefficients, left, expanding)
         state, looked = self._look(state, expanding)
         verdict = self.judge(state)
         limit = self.op.size / jnp.square(confidence(self.tol))
         settled, sufficient = self._settle(state, verdict, looked, limit)
         overlap = jnp.where(state.frontier, coefficients + lift, 0)
-        probe, z = lax.cond(
+        before = state.probe
+        probe, more, by = lax.cond(
             probing,
-            lambda: state.probe.advance(
-                state.vector, rest, size, overlap, verdict.thresholds, limit, quotient, self.eps
-            ),
-            lambda: (state.probe, unit),
+            lambda: before.advance(vector, rest, size, overlap, verdict.thresholds, limit, own, self.eps),
+            lambda: (before, jnp.zeros_like(left), left),
         )
-        state = dataclasses.replace(state, status=jnp.where(finite, state.status, BROKEN))
-        state, source, use = self._decide(state, verdict, settled, sufficient, probe, z, probing)
-        return state, row, source, use
+
+        def join(turn: Array, suspect: PyTree) -> PyTree:
+            # Turn 0. Without the number XLA would take the product out of the loop, and form it always.
+            earlier = select(before.steps > turn, suspect, jtu.tree_map(jnp.zeros_like, suspect))
+            return subtract(earlier, -before.weight * (1 + turn), vector)
+
+        state = dataclasses.replace(
+            state,
+            previous=multiplied,
+            suspect=lax.fori_loop(0, probing.astype(jnp.int32), join, state.suspect),
+            status=jnp.where(finite, state.status, BROKEN),
+        )
+        state, use, source = self._decide(state, verdict, settled, sufficient, probe, probing)
+        return state, Ahead(row, use, source), more, by
 
     def _expand(
         self, state: State, size: Scalar, coefficients: Array, left: Scalar, expanding: Bool[Array, ""]
@@ -217,8 +266,9 @@ class Iteration(eqx.Module):
         column = column.at[state.count].set(jnp.where(grows, left, 0))
         column = jnp.where(expanding, column, known)
         surprise = jnp.where(state.expanded & expanding, jnp.abs(coefficients - known) / or_one(scale), 0)
-        # An inner product of n terms is summed in blocks of about √n: its rounding walks n^¼ steps at random.
-        surprise = jnp.maximum(surprise - max(8.0, self.op.size**0.25) * self.eps, 0)
+        # XLA:CPU sums n terms in eight lanes: where a few are most of the sum, n/8 roundings of it walk at random.
+        # Measured, for spectra with outliers: 18 units at n = 85,000, 60 at a million.
+        surprise = jnp.maximum(surprise - max(8.0, self.op.size**0.25, self.op.size**0.5 / 16) * self.eps, 0)
         samples = jnp.where(expanding, jnp.sum(state.expanded), 0).astype(scale.dtype)
         expanded = dataclasses.replace(
             state,
@@ -256,14 +306,13 @@ class Iteration(eqx.Module):
         settled: Bool[Array, ""],
         sufficient: Bool[Array, ""],
         probe: Probe,
-        z: PyTree,
         probing: Bool[Array, ""],
-    ) -> tuple[State, PyTree, Int[Array, ""]]:
+    ) -> tuple[State, Int[Array, ""], Int[Array, ""]]:
         """What comes next: another expansion, a probe or its next step, or the end.
 
         Returns:
-            The state; the direction to orthogonalize, random for a probe or for a space that has closed, the suspect
-            after an alarm, the probe's own vector where it has grown too long; and its use.
+            The state, what a new direction is for, and where it comes from: random for a probe or for a space that has
+            closed, the suspect after an alarm, the probe's own vector where it has grown too long.
         """
         needed = jnp.isfinite(verdict.thresholds)
         complete = (jnp.sum(state.expanded) >= self.op.size) | sufficient
@@ -275,7 +324,7 @@ class Iteration(eqx.Module):
         starved = ~probing & ~settled & ~jnp.any(state.frontier)
         ends = jnp.where((settled & complete) | proved, CERTIFIED, RUNNING)
 
-        suspect, spent = probe.suspect, state.num_matvecs
+        spent = state.num_matvecs
         ended = dataclasses.replace(probe, active=probe.active & ~(alarm | proved | tired))
         unwanted = state.ritz.live.at[verdict.wanted].set(False)
         fresh = dataclasses.replace(probe, proved=jnp.where(settled, False, probe.proved))
@@ -287,13 +336,9 @@ class Iteration(eqx.Module):
             dig_until=jnp.where(tired, spent + jnp.maximum(spent // 2, self.plan.ncv), state.dig_until),
             status=jnp.maximum(state.status, ends),
         )
-        source = lax.cond(
-            begins | starved,
-            lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
-            lambda: select(alarm, suspect, z),
-        )
+        source = jnp.where(begins | starved, RANDOM, jnp.where(alarm, SUSPECT, OWN))
         more = (begins | starved | alarm | kept) & (state.status != BROKEN)
-        return state, source, jnp.where(more, jnp.where(begins, PROBE, ROW), NOTHING)
+        return state, jnp.where(more, jnp.where(begins, PROBE, ROW), NOTHING), source
 
     def _look(self, state: State, expanding: Bool[Array, ""]) -> tuple[State, Bool[Array, ""]]:
         """Examines the Ritz pairs if it is time to, and says whether it did.
@@ -318,8 +363,14 @@ class Iteration(eqx.Module):
             dig_until=jnp.where(due & (frontier == 0), 0, state.dig_until),
         ), due
 
-    def _take(self, use: Int[Array, ""], basis: Basis, state: State, direction: PyTree) -> tuple[Basis, State, PyTree]:
-        """Orthogonalizes a direction, from which a probe starts, or which becomes the next row to expand."""
+    def _take(self, basis: Basis, state: State, ahead: Ahead) -> tuple[Basis, State, Ahead]:
+        """Orthogonalizes a new direction, from which a probe starts, or which becomes the next row to expand."""
+        direction = lax.cond(
+            ahead.source == RANDOM,
+            lambda: draw(jax.random.fold_in(self.key, state.num_matvecs), self.op.structure),
+            lambda: select(ahead.source == SUSPECT, state.suspect, state.vector),
+        )
+        use = ahead.use
         remove = jnp.where(use == PROBE, state.expanded, state.live)
         coefficients, rest, left = basis.orthogonalize(direction, state.live, remove)
         unit = divide(rest, left)
@@ -329,17 +380,18 @@ class Iteration(eqx.Module):
         # A suspect that lies mostly in the frontier asks for that row to be expanded, not for a new one.
         known = within > jnp.square(left)
         inject = (use == ROW) & ~known & (left > 0)
+        row = jnp.where(inject, state.count, state.expanded.size).astype(jnp.int32)
         target = jnp.where(known, jnp.argmax(jnp.abs(overlap)), state.count).astype(jnp.int32)
         state = dataclasses.replace(
             state,
+            vector=unit,
             probe=select(use == PROBE, probe, state.probe),
             count=state.count + inject,
             seeded=state.seeded & (use == PROBE),
             target=jnp.where(use == ROW, target, state.target),
             status=jnp.where((use == ROW) & ~known & ~inject, EXHAUSTED, state.status),
         )
-        row = jnp.where(inject, state.count - 1, state.expanded.size)
-        return basis.set_row(row, unit, in_place=True), state, unit
+        return basis.set_row(row, unit, in_place=True), state, Ahead(row, use, ahead.source)
 
     def _full(self, state: State) -> Bool[Array, ""]:
         """No room for another product."""
@@ -354,9 +406,9 @@ class Iteration(eqx.Module):
         weight = jnp.where(state.digging, jnp.arange(state.frontier.size), jnp.sum(jnp.square(couplings), axis=1))
         return jnp.where(state.frontier, weight, -1)
 
-    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State]:
-        """A last chance to turn the frontier before its row `target` is multiplied."""
-        return basis, state
+    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State, Bool[Array, ""]]:
+        """A last chance to turn the frontier before its row `target` is multiplied; and whether that was done."""
+        return basis, state, jnp.zeros((), bool)
 
     def _restart(self, basis: Basis, state: State) -> tuple[Basis, State]:
         """Compresses a full basis to the better Ritz vectors and the frontier, or gives up after `maxiter`."""
@@ -386,6 +438,7 @@ class Iteration(eqx.Module):
             expanded=chosen,
             count=(keep + jnp.sum(frontier)).astype(jnp.int32),
             target=moved[state.target].astype(jnp.int32),
+            previous=jnp.asarray(rows, jnp.int32),
             ritz=Ritz(
                 values,
                 jnp.diag(chosen.astype(values.dtype)),

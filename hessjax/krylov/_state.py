@@ -51,7 +51,10 @@ class State(eqx.Module):
     """Where the iteration stands, apart from the basis itself. See the invariants of `_restarted`."""
 
     vector: PyTree
+    last: PyTree
+    suspect: PyTree
     target: Int[Array, ""]
+    previous: Int[Array, ""]
     projected: Float[Array, "rows rows"]
     expanded: Bool[Array, " rows"]
     count: Int[Array, ""]

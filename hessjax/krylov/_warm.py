@@ -174,7 +174,7 @@ class Warm(Iteration):
         """Start rows come first."""
         return jnp.where(self._starting(state), jnp.inf, super()._urgency(state, verdict))
 
-    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State]:
+    def _aim(self, basis: Basis, state: State) -> tuple[Basis, State, Bool[Array, ""]]:
         """Reflects the frontier so that one of its rows is what the model wants to know of.
 
         Not once a certificate has begun: it keeps coordinates, and what it finds is to be multiplied itself.
@@ -191,12 +191,13 @@ class Warm(Iteration):
             return rows - 2 * mirror[:, None] * matmul(mirror, rows)
 
         ritz = dataclasses.replace(state.ritz, couplings=reflect(state.ritz.couplings))
-        return basis.reflect(mirror, guided), dataclasses.replace(
+        state = dataclasses.replace(
             state,
             projected=reflect(reflect(state.projected).T),
             ritz=ritz,
             target=jnp.where(guided, target, state.target),
         )
+        return basis.reflect(mirror, guided), state, guided
 
     def _compress(self, state: State) -> tuple[State, Float[Array, "rows rows"]]:
         """The model goes on in the frontier; its eigenpairs wait for the next look."""
