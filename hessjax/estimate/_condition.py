@@ -40,7 +40,7 @@ def condition_number(op: Operator | Any, key: Any, *, tol: Any = 1e-3, like: PyT
     op = as_operator(op, like)
     if op.size < 2:
         raise ValueError(f"`condition_number` needs an operator with at least two parameters, got {op.structure}.")
-    pairs = eigsh(op, 2, key, which="BE", tol=tol)
+    pairs = eigsh(op, 2, key, which="BE", tol=tol, return_eigenvectors=False)
     low, high = pairs.eigenvalues
     bounds = lax.stop_gradient(pairs.error_bounds / jnp.abs(pairs.eigenvalues))
     indefinite = low < -pairs.error_bounds[0]  # and not only by rounding, as λmin = 0 may come out

@@ -18,7 +18,7 @@ class Eigenpairs(eqx.Module):
     Attributes:
         eigenvalues: (k,), ascending.
         eigenvectors: the operator's structure with a leading axis k on every leaf, or None. Orthonormal; the entry of
-            largest magnitude is positive. Constants under differentiation.
+            largest magnitude is positive.
         residuals: (k,), ‖Av - λv‖, absolute; never reported below the noise of one product.
         converged: (k,). If all are true, these are the pairs that `which` asks for.
         gaps: (k,), the distance from each eigenvalue to the nearest other one that was seen, wanted or not. Where it

@@ -60,10 +60,12 @@ def eigsh(
     on a polynomial of A; that costs about ‖A - σ‖ / d products per digit, d being the distance from σ to the wanted
     eigenvalues, and often thousands. Without a factorization there is no cheap way inside a spectrum.
 
-    Works inside `jit`, `vmap`, `scan` and `grad`. Derivatives of a simple eigenvalue are ∂λ = vᵀ (∂A) v, in forward and
-    reverse mode. Those of a repeated one (`simple` False) depend on the basis of its eigenspace: there only symmetric
-    functions of all its copies, such as their sum, are differentiable. Second derivatives are refused. Eigenvectors are
-    constants.
+    Works inside `jit`, `vmap`, `scan` and `grad`, with derivatives of every order. That of a simple eigenvalue is
+    ∂λ = vᵀ (∂A) v. That of an eigenvector, and with it a second one of an eigenvalue, takes a solve by conjugate
+    gradients for each of the k pairs (inside the spectrum with the square of A - λ, which may take very long), and is
+    no better than residual / gap. Copies of a repeated eigenvalue (`simple` False) depend on the basis of its
+    eigenspace: only symmetric functions of all of them, such as their sum or the projector onto them, are
+    differentiable. Where k leaves out one of them, the derivative of the vectors is NaN.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.
@@ -223,7 +225,7 @@ def _solve(
             iteration = Iteration(packed, plan, tol, key, floor)
             pairs = _finish(iteration, *iteration.run(block, spent))
         vectors = packing.unpack(fix_signs(pairs.eigenvectors), batch=1)
-    values = differentiable(op, pairs.eigenvalues, vectors)
+    values, vectors = differentiable(op, pairs.eigenvalues, vectors, pairs.residuals, which)
     return dataclasses.replace(pairs, eigenvalues=values, eigenvectors=vectors if return_eigenvectors else None)
 
 

@@ -99,7 +99,7 @@ def solve(
     maxiter = 10 * op.size if maxiter is None else as_integer("maxiter", maxiter)
     if maxiter < 1:
         raise ValueError(f"`maxiter` must be at least 1, got {maxiter}.")
-    return _solve(op.shift(damping), b, _tolerance(tol, op), maxiter)
+    return conjugate_gradients(op.shift(damping), b, _tolerance(tol, op), maxiter)
 
 
 def _tolerance(tol: Any, op: Operator) -> Scalar:
@@ -117,7 +117,8 @@ def _tolerance(tol: Any, op: Operator) -> Scalar:
 
 @eqx.filter_jit
 @usual_promotion()
-def _solve(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
+def conjugate_gradients(op: Operator, b: PyTree, tol: Scalar, maxiter: int) -> Solution:
+    """What `solve` does once its arguments have been checked: A x = b to the relative residual `tol`."""
     # Of length one, so that squares neither overflow nor vanish; x is linear in b, and the length has no derivative.
     size = jax.lax.stop_gradient(norm(b))
     unit = or_one(size)

@@ -82,12 +82,98 @@ def test_derivative_through_a_loss_that_closes_over_traced_data(x64, key):
         np.testing.assert_allclose(ours, jax.grad(by_closure, index)(w, x), rtol=1e-9, atol=1e-12)
 
 
-def test_second_derivatives_are_refused(x64, key):
-    def top(t):
-        return hj.eigsh(Matrix(symmetric(0, 20) * t), 1, key, which="LA").eigenvalues[0]
+def wanted(values, which):
+    """The positions of the three that `eigsh` returns."""
+    n = values.size
+    nearest = np.argsort(np.abs(values))
+    return {
+        "LA": np.arange(n - 3, n),
+        "SA": np.arange(3),
+        "LM": np.sort(nearest[-3:]),
+        "BE": np.array([0, n - 2, n - 1]),
+        "SM": np.sort(nearest[:3]),
+    }[which]
 
-    with pytest.raises(Exception, match="second derivative"):
-        jax.grad(jax.grad(top))(1.0)
+
+@pytest.mark.parametrize(
+    ("which", "n"),
+    [
+        ("LA", N),
+        ("BE", N),
+        ("SM", 40),
+        *(pytest.param(which, n, marks=pytest.mark.slow) for which in ("LM", "SA") for n in (40, N)),
+    ],
+)
+def test_derivative_of_eigenvectors(which, n, x64, key):
+    matrix, direction = symmetric(0, n) - 4.6 * n * jnp.eye(n), symmetric(1, n) / 100
+    at, weights = wanted(np.linalg.eigvalsh(np.asarray(matrix)), which), jnp.cos(jnp.arange(float(n)))
+
+    def ours(t):
+        pairs = hj.eigsh(Matrix(matrix + t * direction), 3, key, which=which, tol=1e-11)
+        return jnp.append(pairs.eigenvectors @ weights, pairs.eigenvalues[0])
+
+    def exact(t):
+        values, vectors = jnp.linalg.eigh(matrix + t * direction)
+        vectors = vectors[:, at]
+        peaks = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=0)[None], axis=0)
+        return jnp.append((vectors * jnp.sign(peaks)).T @ weights, values[at[0]])
+
+    true = jax.jacfwd(exact)(0.0)
+    for derivative in (jax.jacrev(ours)(0.0), jax.jit(jax.jacfwd(ours))(0.0)):
+        np.testing.assert_allclose(derivative, true, rtol=1e-6, atol=1e-7 * np.max(np.abs(true)))
+
+
+@pytest.mark.parametrize("n", [40, pytest.param(N, marks=pytest.mark.slow)])
+def test_second_derivatives_of_eigenvalues(n, x64, key):
+    matrix, direction = symmetric(0, n), symmetric(1, n) / 100
+
+    def ours(t):
+        curved = matrix + t * direction + t**2 * jnp.diag(jnp.arange(float(n)))
+        return hj.eigsh(Matrix(curved), 2, key, which="LA", tol=1e-11).eigenvalues
+
+    def exact(t):
+        return jnp.linalg.eigh(matrix + t * direction + t**2 * jnp.diag(jnp.arange(float(n))))[0][-2:]
+
+    true = jax.jacfwd(jax.jacfwd(exact))(0.0)
+    np.testing.assert_allclose(jax.jacfwd(jax.jacrev(ours))(0.0), true, rtol=1e-7)
+    np.testing.assert_allclose(jax.jacrev(jax.jacrev(ours))(0.0), true, rtol=1e-7)
+
+
+def test_derivative_of_a_repeated_eigenspace(x64, key):
+    # Three copies of 5: the projector onto all of them has a derivative, that onto two has none.
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((N, N)))[0]
+    values = np.append(np.linspace(-1.0, 1.0, N - 3), [5.0, 5.0, 5.0])
+    matrix, direction, probe = basis * values @ basis.T, rng.standard_normal((N, N)), rng.standard_normal(N)
+    direction += direction.T
+
+    def within(t, k):
+        op = Matrix(jnp.asarray(matrix) + t * direction)
+        return jnp.sum(jnp.square(hj.eigsh(op, k, key, which="LA", tol=1e-10).eigenvectors @ probe))
+
+    inside, outside = basis[:, -3:], basis[:, :-3]
+    weights = (inside.T @ direction @ outside) / (5.0 - values[:-3])
+    true = 2 * (inside.T @ probe) @ weights @ (outside.T @ probe)
+    np.testing.assert_allclose(jax.grad(within)(0.0, 3), true, rtol=1e-6)
+    assert np.isnan(jax.grad(within)(0.0, 2))
+
+
+@pytest.mark.slow
+def test_derivative_of_eigenvectors_of_a_network(x64, key):
+    model = digits_model(mlp_params(jax.random.key(1), (64, 6, 10)), count=60)
+    weights = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), model.params)
+
+    def alignment(params):
+        op = hj.Model(params, model.data, mlp, cross_entropy).hessian()
+        vectors = hj.eigsh(op, 2, key, which="LA", tol=1e-11).eigenvectors
+        return sum(
+            jnp.tensordot(v[1], w, w.ndim) for v, w in zip(*map(jax.tree.leaves, (vectors, weights)), strict=True)
+        )
+
+    gradient = jax.jit(jax.grad(alignment))(model.params)
+    along = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (gradient, weights)), strict=True))
+    value = jax.jit(lambda t: alignment(jax.tree.map(lambda p, d: p + t * d, model.params, weights)))
+    np.testing.assert_allclose(along, (value(1e-5) - value(-1e-5)) / 2e-5, rtol=1e-5)
 
 
 def test_repeated_eigenvalues_are_flagged(x64, key):
