@@ -8,6 +8,10 @@ the sum over the other pairs that were found. What is left lies in the complemen
 where the pairs are at an end of the spectrum, and conjugate gradients invert it. Both rules are written in terms of the
 differentiable λ and V themselves, so that they have derivatives of every order.
 
+Copies of a repeated eigenvalue have no vectors of their own. The first rule is then right in sum, and so is the second
+with no terms between copies, for functions of their whole eigenspace. Derivatives of these rules are not: so λ and V
+inside them are *strict*, which have no derivative there.
+
 Source: Magnus, On differentiating eigenvalues and eigenvectors, doi:10.1017/S0266466600011129.
 """
 
@@ -18,9 +22,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from hessjax._vectors import combine, epsilon, gram, norm, select, subtract, usual_promotion
+from hessjax._vectors import combine, epsilon, gram, norm, or_one, select, subtract, usual_promotion
 from hessjax.krylov._solve import conjugate_gradients
 from hessjax.operators._operator import Operator, multiply, quadratic_form
 
@@ -34,52 +38,46 @@ def differentiable(
         op: A.
         values: λ, constants.
         vectors: V, constants.
-        residuals: pairs that are nearer to each other than theirs are not told apart: only functions of their whole
-            eigenspace are then differentiable.
+        residuals: pairs that are nearer to each other than theirs are copies of one eigenvalue.
         which: LM, LA, SA, BE, or SM for pairs inside the spectrum.
     """
-    return _values(op, values, vectors, residuals, which), _vectors(op, values, vectors, residuals, which)
+    pairs = (op, values, vectors, residuals, which)
+    return _values(*pairs, False), _vectors(*pairs, False)
 
 
 @eqx.filter_custom_jvp
-def _values(_op: Operator, values: Array, _vectors: PyTree, _residuals: Array, _which: str) -> Array:
+def _values(_op: Operator, values: Array, _vectors: PyTree, _residuals: Array, _which: str, _strict: bool) -> Array:
     return values
 
 
 @_values.def_jvp
 @usual_promotion()
 def _values_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    vectors, values = _vectors(*primals), _values(*primals)
+    *pairs, strict = primals
+    vectors, values = _vectors(*pairs, True), _values(*pairs, True)
 
     def forms(op: Operator) -> Array:
         return lax.map(lambda v: quadratic_form(op, v), vectors)
 
     _, change = eqx.filter_jvp(forms, primals[:1], tangents[:1])
-    return values, change.astype(values.dtype)
+    change = change.astype(values.dtype)
+    return values, _if_simple(change, _apart(*pairs)) if strict else change
 
 
 @eqx.filter_custom_jvp
-def _vectors(_op: Operator, _values: Array, vectors: PyTree, _residuals: Array, _which: str) -> PyTree:
+def _vectors(_op: Operator, _values: Array, vectors: PyTree, _residuals: Array, _which: str, _strict: bool) -> PyTree:
     return vectors
 
 
 @_vectors.def_jvp
 @usual_promotion()
 def _vectors_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[PyTree, PyTree]:
-    op, _, _, residuals, which = primals
-    vectors, values = _vectors(*primals), _values(*primals)
+    *pairs, strict = primals
+    op, _, _, residuals, which = pairs
+    vectors, values = _vectors(*pairs, True), _values(*pairs, True)
 
     def images(op: Operator) -> PyTree:
         return lax.map(lambda v: multiply(op, v), vectors)
-
-    _, change = eqx.filter_jvp(images, primals[:1], tangents[:1])
-    mixing = gram(vectors, change)
-    distance = values - values[:, None]
-    apart = jnp.abs(distance) > residuals + residuals[:, None]
-    inside = combine(vectors, jnp.where(apart, mixing / jnp.where(apart, distance, 1), 0))
-    rest = jtu.tree_map(jnp.subtract, change, combine(vectors, mixing))
-    signs = {"SA": -1.0, "LM": jnp.where(values < 0, -1.0, 1.0), "BE": _halves(values)}.get(which, 1.0)
-    far = jnp.max(jnp.abs(values)) * signs
 
     def outside(given: tuple[Array, Array, Array, PyTree]) -> PyTree:
         value, far, residual, rest = given
@@ -87,12 +85,32 @@ def _vectors_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[P
         solve = partial(_inverse, complement, error=residual, inside=which == "SM")
         return lax.custom_linear_solve(complement.product, rest, lambda _, b: solve(b), symmetric=True)
 
-    change = lax.map(outside, (values, jnp.broadcast_to(far, values.shape), residuals, rest))
-    return vectors, jtu.tree_map(jnp.add, inside, change)
+    _, image = eqx.filter_jvp(images, primals[:1], tangents[:1])
+    mixing, apart = gram(vectors, image), _apart(*pairs)
+    distance = jnp.where(apart, values - values[:, None], 1)
+    change = combine(vectors, jnp.where(apart, mixing / distance, 0))
+    if values.size < op.size:
+        rest = jtu.tree_map(jnp.subtract, image, combine(vectors, mixing))
+        far = or_one(jnp.max(jnp.abs(values))) * _sides(values, which)
+        change = jtu.tree_map(jnp.add, change, lax.map(outside, (values, far, residuals, rest)))
+    return vectors, _if_simple(change, apart) if strict else change
 
 
-def _halves(values: Float[Array, " k"]) -> Float[Array, " k"]:
-    return jnp.where(jnp.arange(values.size) < values.size // 2, -1.0, 1.0)
+def _apart(_op: Operator, values: Array, _vectors: PyTree, residuals: Array, _which: str) -> Bool[Array, "k k"]:
+    """Which pairs belong to different eigenvalues."""
+    return jnp.abs(values - values[:, None]) > residuals + residuals[:, None]
+
+
+def _if_simple(change: PyTree, apart: Bool[Array, "k k"]) -> PyTree:
+    """`change`, but NaN if any pair is a copy of another one."""
+    unit = jnp.where(jnp.all(apart | jnp.eye(len(apart), dtype=bool)), 1, jnp.nan)
+    return jtu.tree_map(lambda leaf: (leaf * unit).astype(leaf.dtype), change)
+
+
+def _sides(values: Float[Array, " k"], which: str) -> Float[Array, " k"]:
+    """1 for each pair above all that were not found, -1 below."""
+    below = {"SA": True, "LM": values < 0, "BE": jnp.arange(values.size) < values.size // 2}.get(which, False)
+    return jnp.where(below, -1.0, 1.0) * jnp.ones_like(values)
 
 
 class Complement(Operator):

@@ -65,7 +65,8 @@ def eigsh(
     gradients for each of the k pairs (inside the spectrum with the square of A - λ, which may take very long), and is
     no better than residual / gap. Copies of a repeated eigenvalue (`simple` False) depend on the basis of its
     eigenspace: only symmetric functions of all of them, such as their sum or the projector onto them, are
-    differentiable. Where k leaves out one of them, the derivative of the vectors is NaN.
+    differentiable, and only once. Second derivatives are NaN where any of the k is a copy of another, and those of
+    vectors where k leaves a copy out.
 
     Args:
         op: a symmetric `hj.Operator`, a function with `like=`, or a lineax operator.

@@ -158,6 +158,20 @@ def test_derivative_of_a_repeated_eigenspace(x64, key):
     assert np.isnan(jax.grad(within)(0.0, 2))
 
 
+def test_second_derivatives_of_a_repeated_eigenvalue_are_nan(x64, key):
+    n = 30
+    values = jnp.append(jnp.linspace(-1.0, 1.0, n - 3), jnp.array([5.0, 5.0, 7.0]))
+    direction = symmetric(1, n) / 100
+
+    def top(t, k):
+        return hj.eigsh(Matrix(jnp.diag(values) + t * direction), k, key, which="LA").eigenvalues[-1]
+
+    true = 2 * jnp.sum(jnp.square(direction[-1, :-1]) / (values[-1] - values[:-1]))
+    for second in (jax.grad(jax.grad(top)), jax.jacfwd(jax.jacrev(top)), jax.jacfwd(jax.jacfwd(top))):
+        np.testing.assert_allclose(second(0.0, 1), true, rtol=1e-6)
+        assert np.isnan(second(0.0, 3))
+
+
 @pytest.mark.slow
 def test_derivative_of_eigenvectors_of_a_network(x64, key):
     model = digits_model(mlp_params(jax.random.key(1), (64, 6, 10)), count=60)
