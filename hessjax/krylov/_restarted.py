@@ -201,11 +201,19 @@ class Iteration(eqx.Module):
         # Read once, where what was seen before tells its scale.
         size = norm(image, state.scale)
         size = lax.cond((state.scale > 0) & jnp.isfinite(size), lambda: size, lambda: norm(image))
-        lift = lax.cond(probing, lambda: probe.lift(state.ritz), lambda: jnp.zeros_like(probe.overlap))
-        own = inner(vector, image) + matmul(probe.overlap, lift)
-        coupling = state.projected[state.target].at[state.previous].get(mode="fill", fill_value=0)
-        other = jnp.where(probing, probe.beta, coupling)
-        incoming = jtu.tree_map(lambda w, x, y: (w - own * x - other * y).astype(w.dtype), image, vector, state.last)
+        known = state.projected[state.target].at[state.previous].get(mode="fill", fill_value=0)
+        nothing = jnp.zeros_like(probe.overlap)
+
+        # Called in the branches: outside, XLA:CPU joins it with the last operation of the product. If that transposes,
+        # each entry is read across the rows, which takes ten times as long.
+        def without_known(lift: Array, other: Scalar) -> tuple[Array, Scalar, Scalar, PyTree]:
+            own = inner(vector, image) + matmul(probe.overlap, lift)
+            rest = jtu.tree_map(lambda w, x, y: (w - own * x - other * y).astype(w.dtype), image, vector, state.last)
+            return lift, own, other, rest
+
+        lift, own, other, incoming = lax.cond(
+            probing, lambda: without_known(probe.lift(state.ritz), probe.beta), lambda: without_known(nothing, known)
+        )
         remove = jnp.where(probing, state.expanded, state.live)
         coefficients, rest, left = basis.orthogonalize(incoming, state.live, remove, lift, size)
         gone = jnp.zeros_like(lift).at[state.target].add(own).at[state.previous].add(other)

@@ -189,6 +189,19 @@ def test_nonsymmetric_product_is_not_converged(x64, key):
     assert not bool(pairs.converged.any())
 
 
+@pytest.mark.parametrize("n", [100_003, pytest.param(1_000_003, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tol", [1e-5, 0.0])
+def test_residuals_of_long_vectors_are_honest(n, tol, key):
+    # Eigenvectors with one entry each: inner products in which a few terms are most of the sum.
+    values = jnp.concatenate([jnp.linspace(0, 1, n - 10) ** 4, jnp.array([3, 3, 3, 2, 2, 100, 100.01, 50, 40, 1.5])])
+    pairs = hj.eigsh(Diagonal(values), 8, key, tol=tol)
+    assert bool(pairs.converged.all())
+    vectors, found = np.asarray(pairs.eigenvectors, np.float64), np.asarray(pairs.eigenvalues, np.float64)
+    residuals = np.linalg.norm(vectors * np.asarray(values, np.float64) - found[:, None] * vectors, axis=1)
+    assert np.all(residuals <= 1.5 * np.asarray(pairs.residuals))
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(8), atol=1e-7 * n**0.5)
+
+
 def test_eigenvectors_have_positive_peaks(key):
     pairs = hj.eigsh(Diagonal(jnp.linspace(-1.0, 1.0, N)), 4, key, which="LA", tol=1e-3)
     vectors = np.asarray(pairs.eigenvectors)
