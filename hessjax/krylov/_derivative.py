@@ -15,6 +15,7 @@ inside them are *strict*, which have no derivative there.
 Source: Magnus, On differentiating eigenvalues and eigenvectors, doi:10.1017/S0266466600011129.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,13 +55,12 @@ def _values(_op: Operator, values: Array, _vectors: PyTree, _residuals: Array, _
 @usual_promotion()
 def _values_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     *pairs, strict = primals
-    vectors, values = _vectors(*pairs, True), _values(*pairs, True)
+    op, vectors, values = pairs[0], _vectors(*pairs, True), _values(*pairs, True)
 
     def forms(op: Operator) -> Array:
         return lax.map(lambda v: quadratic_form(op, v), vectors)
 
-    _, change = eqx.filter_jvp(forms, primals[:1], tangents[:1])
-    change = change.astype(values.dtype)
+    change = _change(forms, op, tangents[0]).astype(values.dtype)
     return values, _if_simple(change, _apart(*pairs)) if strict else change
 
 
@@ -85,7 +85,7 @@ def _vectors_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[P
         solve = partial(_inverse, complement, error=residual, inside=which == "SM")
         return lax.custom_linear_solve(complement.product, rest, lambda _, b: solve(b), symmetric=True)
 
-    _, image = eqx.filter_jvp(images, primals[:1], tangents[:1])
+    image = _change(images, op, tangents[0])
     mixing, apart = gram(vectors, image), _apart(*pairs)
     distance = jnp.where(apart, values - values[:, None], 1)
     change = combine(vectors, jnp.where(apart, mixing / distance, 0))
@@ -94,6 +94,12 @@ def _vectors_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[P
         far = or_one(jnp.max(jnp.abs(values))) * _sides(values, which)
         change = jtu.tree_map(jnp.add, change, lax.map(outside, (values, far, residuals, rest)))
     return vectors, _if_simple(change, apart) if strict else change
+
+
+def _change(function: Callable[[Operator], PyTree[Array]], op: Operator, tangent: PyTree) -> PyTree[Array]:
+    """The derivative of `function` along a tangent, zeros where it does not depend on it."""
+    value, change = eqx.filter_jvp(function, (op,), (tangent,))
+    return jtu.tree_map(lambda x, dx: jnp.zeros_like(x) if dx is None else dx, value, change)
 
 
 def _apart(_op: Operator, values: Array, _vectors: PyTree, residuals: Array, _which: str) -> Bool[Array, "k k"]:

@@ -172,6 +172,24 @@ def test_second_derivatives_of_a_repeated_eigenvalue_are_nan(x64, key):
         assert np.isnan(second(0.0, 3))
 
 
+def test_derivative_where_a_leaf_does_not_depend_on_it(x64, key):
+    params = {"moved": jnp.linspace(0.5, 1.5, 12), "other": jnp.linspace(1.0, 2.0, 5), "empty": jnp.zeros(0)}
+
+    def loss(params, t):
+        moved = jnp.sum(params["moved"] ** 4) + t * jnp.sum(params["moved"]) ** 2
+        return moved + jnp.sum(params["other"] ** 3)
+
+    def within(t):
+        top = hj.eigsh(hj.hvp(loss)(params, t), 2, key, which="LA").eigenvectors
+        return top["moved"][-1, 0]
+
+    def exact(t):
+        vector = jnp.linalg.eigh(jnp.diag(12 * params["moved"] ** 2) + 2 * t)[1][:, -1]
+        return vector[0] * jnp.sign(vector[-1])
+
+    np.testing.assert_allclose(jax.grad(within)(1.0), jax.grad(exact)(1.0), rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_derivative_of_eigenvectors_of_a_network(x64, key):
     model = digits_model(mlp_params(jax.random.key(1), (64, 6, 10)), count=60)
