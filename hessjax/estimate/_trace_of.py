@@ -161,4 +161,4 @@ def _eigenvalues(op: Operator) -> Float[Array, " n"]:
     fixed = eqx.combine(lax.stop_gradient(arrays), rest)
     zero = jnp.zeros((), scalar_dtype(op.structure))
     pairs = dense_eigenpairs(fixed, "SA", None, op.size, tol=zero, floor=zero, spent=0)
-    return differentiable(op, pairs.eigenvalues, pairs.eigenvectors, pairs.residuals, "LA")[0]
+    return differentiable(op, pairs.eigenvalues, pairs.eigenvectors, pairs.residuals, "SA")[0]

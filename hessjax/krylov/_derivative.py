@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from hessjax._vectors import combine, epsilon, gram, norm, or_one, select, subtract, usual_promotion
 from hessjax.krylov._solve import conjugate_gradients
+from hessjax.operators._compose import compose
 from hessjax.operators._operator import Operator, multiply, quadratic_form
 
 
@@ -143,19 +144,6 @@ class Complement(Operator):
         return jtu.tree_map(lambda x, y: (self.far * y - x).astype(x.dtype), self.project(image)[0], within)
 
 
-class _Square(Operator):
-    """B²."""
-
-    operator: Operator
-
-    @property
-    def like(self) -> PyTree:
-        return self.operator.like
-
-    def product(self, vector: PyTree) -> PyTree:
-        return self.operator.product(self.operator.product(vector))
-
-
 def _inverse(op: Complement, b: PyTree, *, error: Scalar, inside: bool) -> PyTree:
     """B⁻¹ b, by way of B² where B is indefinite.
 
@@ -164,7 +152,7 @@ def _inverse(op: Complement, b: PyTree, *, error: Scalar, inside: bool) -> PyTre
     """
     unit = epsilon(op.structure)
     tol = jnp.asarray(unit**0.5, op.value.dtype)
-    solution = conjugate_gradients(_Square(op) if inside else op, b, tol, 10 * op.size)
+    solution = conjugate_gradients(compose(op, op) if inside else op, b, tol, 10 * op.size)
     value = op.product(solution.value) if inside else solution.value
     scale = jnp.abs(op.far)
     attainable = 64 * unit * scale * norm(solution.value) * (scale if inside else 1)
